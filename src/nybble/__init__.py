@@ -1,0 +1,70 @@
+"""Nybble: 4-bit language models on NVIDIA Hopper at the speed of memory.
+
+``import nybble`` brings in neither CUDA, Triton nor transformers: every public name is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_HOME = {
+    "load": "nybble.models.load",
+    "fuse": "nybble.models.patch",
+    "Report": "nybble.models.patch",
+    "layernorm": "nybble.ops.norm.op",
+    "rmsnorm": "nybble.ops.norm.op",
+    "layernorm_residual": "nybble.ops.norm.op",
+    "add_layernorm": "nybble.ops.norm.op",
+    "add_rmsnorm": "nybble.ops.norm.op",
+    "add_dual_layernorm": "nybble.ops.norm.op",
+    "w4a16_linear": "nybble.ops.w4a16.op",
+    "QuantizedWeight": "nybble.formats.grouped",
+    "PackedWeight": "nybble.formats.tiles",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of the documentation
+    "load",
+    "fuse",
+    "Report",
+    "layernorm",
+    "rmsnorm",
+    "layernorm_residual",
+    "add_layernorm",
+    "add_rmsnorm",
+    "add_dual_layernorm",
+    "w4a16_linear",
+    "QuantizedWeight",
+    "PackedWeight",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from nybble.formats.grouped import QuantizedWeight
+    from nybble.formats.tiles import PackedWeight
+    from nybble.models.load import load
+    from nybble.models.patch import Report, fuse
+    from nybble.ops.norm.op import (
+        add_dual_layernorm,
+        add_layernorm,
+        add_rmsnorm,
+        layernorm,
+        layernorm_residual,
+        rmsnorm,
+    )
+    from nybble.ops.w4a16.op import w4a16_linear
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'nybble' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,101 @@
+"""The one meaning of a grouped 4-bit weight, to which every format unpacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nybble.runtime.errors import wrong_type, wrong_value
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""Group sizes along K that are supported, besides one group for the whole of K."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])`` with ``g = g_idx[k]``, or ``k // group_size``.
+
+    Attributes:
+        q: uint8 ``[K, N]``, values 0..15.
+        zeros: uint8 ``[G, N]``, values 0..15 (8 everywhere when symmetric), the true zero points of every format.
+        scales: ``[G, N]`` float16, bfloat16 or float32.
+        group_size: features of K that share a scale; K itself for one group per output channel.
+        g_idx: int32 ``[K]``, the group of each input feature (act-order), or ``None`` for ``k // group_size``.
+
+    ``K`` is in_features, ``N`` out_features, ``G = ceil(K / group_size)``; the last group may be short.
+
+    Raises:
+        TypeError: a dtype is not the one above.
+        ValueError: a shape, device or value is not; the message names it.
+    """
+
+    q: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    group_size: int
+    g_idx: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        op = "QuantizedWeight"
+        for name, dtypes in (
+            ("q", (torch.uint8,)),
+            ("zeros", (torch.uint8,)),
+            ("scales", (torch.float16, torch.bfloat16, torch.float32)),
+        ):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, torch.Tensor):
+                raise wrong_type(op, name, "a torch.Tensor", type(tensor).__name__)
+            if tensor.dtype not in dtypes:
+                raise wrong_type(op, name, " or ".join(map(str, dtypes)), tensor.dtype)
+            if tensor.dim() != 2:
+                raise wrong_value(op, name, "2 dimensions", list(tensor.shape))
+        k, n = self.q.shape
+        if k == 0 or n == 0:
+            raise wrong_value(op, "q", "K > 0 and N > 0", [k, n])
+        if self.group_size not in GROUP_SIZES and self.group_size != k:
+            raise wrong_value(op, "group_size", f"one of {GROUP_SIZES} or K = {k}", self.group_size)
+        groups = -(-k // self.group_size)
+        for name in ("zeros", "scales"):
+            if tuple(getattr(self, name).shape) != (groups, n):
+                raise wrong_value(op, name, f"shape [G, N] = [{groups}, {n}]", list(getattr(self, name).shape))
+        if self.g_idx is not None:
+            if self.g_idx.dtype != torch.int32:
+                raise wrong_type(op, "g_idx", torch.int32, self.g_idx.dtype)
+            if tuple(self.g_idx.shape) != (k,):
+                raise wrong_value(op, "g_idx", f"shape [K] = [{k}]", list(self.g_idx.shape))
+            low, high = int(self.g_idx.min()), int(self.g_idx.max())
+            if low < 0 or high >= groups:
+                raise wrong_value(op, "g_idx", f"groups 0..{groups - 1}", f"{low}..{high}")
+        for name in ("q", "zeros"):
+            if int(getattr(self, name).max()) > 15:
+                raise wrong_value(op, name, "values 0..15", int(getattr(self, name).max()))
+
+    @property
+    def in_features(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[0]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is 8, so that the kernels need not read them."""
+        return bool((self.zeros == 8).all())
+
+    def group_of(self) -> torch.Tensor:
+        """int64 ``[K]``: the group of each input feature."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        return torch.arange(self.in_features, device=self.q.device) // self.group_size
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight as ``[K, N]``. In float32 it is exact: an fp16 or bf16 scale times an integer of 5 bits."""
+        group = self.group_of()
+        steps = self.q.to(torch.float32) - self.zeros.to(torch.float32)[group]
+        return (self.scales.to(torch.float32)[group] * steps).to(dtype)
