@@ -1,0 +1,9 @@
+"""The operations. A folder each: ``op.py`` (public functions, checks, registration), ``reference.py`` (the maths in
+PyTorch), ``cost.py`` (which variant), ``cases.py`` (inputs for tests, benches, the compile gate) and the kernels."""
+
+OPERATIONS: dict[str, str] = {
+    "norm": "LayerNorm and RMSNorm fused with the residual additions around them",
+    "w4a16": "4-bit weight linear: fp16 or bf16 activations, GPTQ or AWQ weights",
+}
+"""Folder name -> one line. ``nybble.ops.<name>.cases`` holds ``BENCH`` (cases for a GPU), ``SMALL`` (for a CPU) and
+``parse(shape, dtype)``."""

@@ -1,0 +1,78 @@
+"""A case: one request of an operation with seeded inputs, its truth and its floor. Tests, benches and the compile
+gate all draw their inputs from here, so what is timed is what was checked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from nybble.runtime.choice import Choice
+from nybble.runtime.hardware import Hardware
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Case(ABC):
+    """Subclasses are frozen dataclasses holding the numbers of one request.
+
+    ``inputs`` is whatever ``make`` returns; everything but ``make`` treats it as read-only.
+    """
+
+    op: ClassVar[str]
+    """The operation's folder name: ``"norm"``, ``"w4a16"``."""
+
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def function(self) -> str:
+        """The public function, such as ``"add_layernorm"``."""
+
+    @abstractmethod
+    def shape(self) -> dict[str, int]:
+        """The operation's dimensions by name, as results are keyed."""
+
+    @abstractmethod
+    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> Any:
+        """Fresh inputs, the same on every device for a seed."""
+
+    @abstractmethod
+    def run(self, inputs: Any, variant: str = "auto") -> Tensors:
+        """The public function on these inputs."""
+
+    @abstractmethod
+    def truth(self, inputs: Any) -> Tensors:
+        """The result in float64, on the inputs' device, by arithmetic that shares no code with the kernels."""
+
+    @abstractmethod
+    def tolerance(self, inputs: Any, truth: Tensors) -> Tensors:
+        """The absolute error each element of the result may have, from the arithmetic of the kernel."""
+
+    @abstractmethod
+    def choice(self, hardware: Hardware, variant: str = "auto") -> Choice:
+        """What would run on this hardware, and why."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Fewest bytes that must cross device memory: every input read once, every output written once."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Matrix operations that must be done (0 where none count)."""
+
+    def floor_us(self, hardware: Hardware) -> float:
+        """The time below which no version runs: the larger of bytes over bandwidth and flops over the fp16 rate."""
+        memory = self.bytes / (hardware.read_tbps * 1e6) if hardware.read_tbps else 0.0
+        maths = self.flops / (hardware.half_tflops * 1e6) if hardware.half_tflops else 0.0
+        return max(memory, maths)
+
+
+def relative_error(got: Tensors, truth: Tensors) -> float:
+    """``|got - truth| / |truth|`` in the 2-norm, over all outputs together."""
+    difference = sum(float((g.double() - t.double()).square().sum()) for g, t in zip(got, truth, strict=True))
+    scale = sum(float(t.double().square().sum()) for t in truth)
+    return (difference / scale) ** 0.5 if scale else difference**0.5
