@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from nybble.runtime.choice import Choice
+from nybble.runtime.errors import wrong_value
 from nybble.runtime.hardware import Hardware
 
 Tensors = tuple[torch.Tensor, ...]
@@ -23,12 +24,10 @@ class Case(ABC):
     op: ClassVar[str]
     """The operation's folder name: ``"norm"``, ``"w4a16"``."""
 
-    dtype: torch.dtype
+    function: str
+    """The public function, such as ``"add_layernorm"``."""
 
-    @property
-    @abstractmethod
-    def function(self) -> str:
-        """The public function, such as ``"add_layernorm"``."""
+    dtype: torch.dtype
 
     @abstractmethod
     def shape(self) -> dict[str, int]:
@@ -36,7 +35,7 @@ class Case(ABC):
 
     @abstractmethod
     def make(self, device: torch.device | str = "cpu", seed: int = 0) -> Any:
-        """Fresh inputs, the same on every device for a seed."""
+        """Fresh inputs, the same for a seed and a kind of device."""
 
     @abstractmethod
     def run(self, inputs: Any, variant: str = "auto") -> Tensors:
@@ -51,7 +50,7 @@ class Case(ABC):
         """The absolute error each element of the result may have, from the arithmetic of the kernel."""
 
     @abstractmethod
-    def choice(self, hardware: Hardware, variant: str = "auto") -> Choice:
+    def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
         """What would run on this hardware, and why."""
 
     @property
@@ -76,3 +75,17 @@ def relative_error(got: Tensors, truth: Tensors) -> float:
     difference = sum(float((g.double() - t.double()).square().sum()) for g, t in zip(got, truth, strict=True))
     scale = sum(float(t.double().square().sum()) for t in truth)
     return (difference / scale) ** 0.5 if scale else difference**0.5
+
+
+def take(operation: str, shape: dict[str, int], defaults: dict[str, int]) -> list[int]:
+    """The dimensions of ``shape`` in the order of ``defaults``, which fill in what is missing.
+
+    Raises:
+        ValueError: a dimension the operation does not have, or one below 0.
+    """
+    for name, value in shape.items():
+        if name not in defaults:
+            raise wrong_value(operation, "shape", f"dimensions {list(defaults)}", repr(name))
+        if value < 0:
+            raise wrong_value(operation, name, "a number >= 0", value)
+    return [shape.get(name, default) for name, default in defaults.items()]

@@ -1,0 +1,59 @@
+"""The two ceilings of a device, measured: how fast it reads memory, and how fast it multiplies fp16 matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from nybble.bench.timing import spread
+from nybble.runtime.hardware import Hardware
+
+
+class Ceilings(NamedTuple):
+    """What this device did today.
+
+    Attributes:
+        read_tbps: a sum over far more memory than the cache holds, TB/s.
+        half_tflops: a square fp16 product of random matrices through cuBLAS, TFLOP/s.
+    """
+
+    read_tbps: float
+    half_tflops: float
+
+
+def measure(device: torch.device, *, bytes_read: int = 4 << 30, side: int = 8192, repeats: int = 20) -> Ceilings:
+    """Measure both on a CUDA device. Takes under a second."""
+    with torch.cuda.device(device), torch.inference_mode():
+        data = torch.randn(bytes_read // 4, dtype=torch.float32, device=device)
+        read_us = _median_us(lambda: data.sum(), repeats)
+        del data
+        left, right = (torch.randn(side, side, dtype=torch.float16, device=device) for _ in range(2))
+        multiply_us = _median_us(lambda: left @ right, repeats)
+        del left, right
+        torch.cuda.empty_cache()
+    return Ceilings(bytes_read / read_us / 1e6, 2 * side**3 / multiply_us / 1e6)
+
+
+def _median_us(work: Callable[[], object], repeats: int) -> float:
+    marks = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize()
+    return spread([start.elapsed_time(end) * 1e3 for start, end in marks[3:]])[0]
+
+
+def with_ceilings(hardware: Hardware, measured: Ceilings) -> Hardware:
+    """``hardware`` with the measured numbers where none are known.
+
+    A known card keeps its own, so that rows of different days share one floor.
+    """
+    return hardware._replace(
+        read_tbps=hardware.read_tbps if hardware.half_tflops else measured.read_tbps,
+        half_tflops=hardware.half_tflops or measured.half_tflops,
+    )

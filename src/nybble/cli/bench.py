@@ -1,0 +1,308 @@
+"""``nybble bench``: list the cases, run them beside the peers, explain a choice."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from nybble.cli.console import (
+    EXIT_FAILED,
+    device_of,
+    dtype_of,
+    fail,
+    new_app,
+    print_json,
+    stderr,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    from nybble.bench.run import Measurement
+    from nybble.ops.case import Case
+    from nybble.runtime.choice import Choice
+    from nybble.runtime.hardware import Hardware
+
+app = new_app("Measure the operations beside their peers, and explain which kernel runs.")
+
+JSON = typer.Option(False, "--json", help="Print one JSON object and nothing else.")
+DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+FILTER = typer.Option("", help="Only cases with these words: a function, a dtype, m=1; comma-separated, all must match.")
+
+
+def cases_module(op: str) -> Any:
+    """``nybble.ops.<op>.cases``, or a usage error that lists the operations."""
+    from nybble.ops import OPERATIONS
+
+    if op not in OPERATIONS:
+        raise typer.BadParameter(f"no operation {op!r}; there are {', '.join(OPERATIONS)}", param_hint="OP")
+    return importlib.import_module(f"nybble.ops.{op}.cases")
+
+
+def select(ops: list[str], *, gpu: bool, words: str) -> dict[str, list[Case]]:
+    """The cases to run by operation: those for a GPU or those for a CPU, that hold every word."""
+    from nybble.bench.run import label
+    from nybble.ops import OPERATIONS
+
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    chosen: dict[str, list[Case]] = {}
+    for op in dict.fromkeys(ops) if ops else OPERATIONS:
+        module = cases_module(op)
+        some = module.BENCH if gpu else module.SMALL
+        chosen[op] = [case for case in some if set(wanted) <= {op, *label(case).split()}]
+    if wanted and not any(chosen.values()):
+        raise typer.BadParameter(f"no case matches {words!r}; `nybble bench list` shows them", param_hint="--filter")
+    return chosen
+
+
+@app.command("list")
+def list_cases(
+    ops: list[str] = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out."),
+    filter: str = FILTER,
+    small: bool = typer.Option(False, "--small", help="The small cases a CPU runs, on a GPU machine too."),
+    json: bool = JSON,
+) -> None:
+    """The operations and the cases a run would measure here."""
+    from nybble.bench.run import label
+    from nybble.ops import OPERATIONS
+    from nybble.runtime.hardware import current
+
+    chosen = select(ops or [], gpu=current() is not None and not small, words=filter)
+    if json:
+        print_json({"operations": {op: [_described(case) for case in some] for op, some in chosen.items()}})
+        return
+    out = stdout()
+    for op, some in chosen.items():
+        out.print(f"[bold]{op}[/bold]  {OPERATIONS[op]}")
+        for case in some:
+            out.print(f"  {label(case)}", soft_wrap=True)
+
+
+def _described(case: Case) -> dict[str, Any]:
+    from nybble.bench.run import dtype_name, options
+
+    return {
+        "function": case.function,
+        "shape": case.shape(),
+        "dtype": dtype_name(case),
+        "options": options(case),
+        "bytes": case.bytes,
+        "flops": case.flops,
+    }
+
+
+@app.command("run")
+def run(
+    ops: list[str] = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out."),
+    filter: str = FILTER,
+    quick: bool = typer.Option(False, "--quick", help="Fewer rounds: a first look, not numbers to publish."),
+    peers: bool = typer.Option(True, help="Measure the other libraries in the same run."),
+    small: bool = typer.Option(False, "--small", help="The small cases a CPU runs, on a GPU too."),
+    save: bool = typer.Option(False, help="Append the rows to RESULTS/<gpu>/<op>.jsonl."),
+    results: Path = typer.Option(Path("results"), help="Where rows are kept."),
+    commit: str = typer.Option("", help="The commit to stamp rows with, where git can't tell."),
+    device: str = DEVICE,
+    json: bool = JSON,
+) -> None:
+    """Check every provider on every case, time those that are right, and print the tables.
+
+    On a GPU: device time by CUDA-graph replay with inputs cold in the L2 cache, the median over rounds, providers
+    interleaved. On a CPU: wall time of the small cases. A wrong result is reported and never timed; the exit code is
+    then 1.
+    """
+    from nybble.bench import report
+
+    where = device_of(device)
+    hardware, ceilings = _ceilings(where)
+    chosen = select(ops or [], gpu=hardware is not None and not small, words=filter)
+    at = report.stamp(hardware, commit=commit or None)
+    err, out = stderr(), stdout()
+    if not json:
+        out.print(f"{at.gpu}  torch {at.torch}  commit {at.commit}", soft_wrap=True)
+        if ceilings is not None:
+            out.print(_ceilings_line(hardware, ceilings), soft_wrap=True)
+    notes: dict[str, int] = {}
+    measured: list[Measurement] = []
+    saved: list[str] = []
+    slug = hardware.slug if hardware is not None else "cpu"
+    for op, some in chosen.items():
+        rows = []
+        for measurements in _measure(some, where, hardware, peers=peers, quick=quick, notes=notes, hidden=json):
+            measured += measurements
+            rows += [report.row(m, at) for m in measurements if m.timing is not None]
+            if not json and measurements:
+                out.print(report.table(measurements), "")
+        if save and rows:
+            path = results / slug / f"{op}.jsonl"
+            damaged = report.append(path, rows)
+            saved.append(str(path))
+            if damaged:
+                err.print(f"{path}: {damaged} damaged lines, kept as they are", style="yellow", soft_wrap=True)
+    wrong = report.wrong_lines(measured)
+    if json:
+        print_json(
+            {
+                **at._asdict(),
+                "ceilings": None if ceilings is None else ceilings._asdict(),
+                "rows": [report.row(m, at) for m in measured if m.timing is not None],
+                "wrong": wrong,
+                "notes": list(notes),
+                "saved": saved,
+            }
+        )
+    else:
+        for text, count in notes.items():
+            out.print(f"{text}{f'  ({count} cases)' if count > 1 else ''}", style="dim", markup=False, soft_wrap=True)
+        for path in saved:
+            err.print(f"saved {path}", markup=False, soft_wrap=True)
+        for text in wrong:
+            err.print(text, style="red", markup=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _ceilings(where: Any) -> tuple[Hardware | None, Any]:
+    """The device as hardware and what it can do today; nothing of either on a CPU."""
+    if where.type != "cuda":
+        return None, None
+    from nybble.bench import roofline
+    from nybble.runtime.hardware import current
+
+    card = current(where.index)
+    assert card is not None, "a CUDA device that is not there"
+    measured = roofline.measure(where)
+    return roofline.with_ceilings(card, measured), measured
+
+
+def _ceilings_line(hardware: Hardware | None, measured: Any) -> str:
+    from nybble.runtime.hardware import KNOWN
+
+    line = f"today: read {measured.read_tbps:.2f} TB/s, fp16 {measured.half_tflops:.0f} TFLOP/s"
+    known = KNOWN.get(hardware.slug) if hardware is not None else None
+    if known is None:
+        return f"{line} (floors use these)"
+    return f"{line}; floors use {known.read_tbps:.2f} TB/s and {known.half_tflops:.0f} TFLOP/s of this card"
+
+
+def _measure(
+    cases: list[Case],
+    where: Any,
+    hardware: Hardware | None,
+    *,
+    peers: bool,
+    quick: bool,
+    notes: dict[str, int],
+    hidden: bool,
+) -> Any:
+    """The measurements of each case, as they come, with a progress bar on stderr."""
+    from rich.progress import track
+
+    from nybble.bench.run import bench_case
+
+    def note(text: str) -> None:
+        notes[text] = notes.get(text, 0) + 1
+
+    shown = track(cases, description=cases[0].op if cases else "", console=stderr(), transient=True, disable=hidden)
+    for case in shown:
+        rounds = 8 if quick else 30
+        yield bench_case(case, device=where, hardware=hardware, peers=peers, rounds=rounds, note=note)
+
+
+@app.command("explain")
+def explain(
+    op: str = typer.Argument(..., help="The operation."),
+    m: int | None = typer.Option(None, "--m", min=0, help="w4a16: rows (tokens)."),
+    n: int | None = typer.Option(None, "--n", min=1, help="w4a16: output features."),
+    k: int | None = typer.Option(None, "--k", min=1, help="w4a16: input features."),
+    group_size: int | None = typer.Option(None, "--group-size", help="w4a16: 16, 32, 64, 128, 256, or -1 for K."),
+    rows: int | None = typer.Option(None, "--rows", min=0, help="norm: rows (tokens)."),
+    hidden: int | None = typer.Option(None, "--hidden", min=1, help="norm: hidden size."),
+    function: str = typer.Option("", "--function", help="Which function of the operation, such as add_rmsnorm."),
+    dtype: str = typer.Option("float16", "--dtype", help="float16, bfloat16 or float32."),
+    hardware: str = typer.Option("", "--hardware", help="h200, a100 or current; without a GPU here, h200."),
+    json: bool = JSON,
+) -> None:
+    """Which kernel would run, and why: every candidate with its prediction or the reason it is refused.
+
+    Needs no GPU: the choice is a function of the request and the hardware.
+    """
+    given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden}
+    case = _case(op, {name: value for name, value in given.items() if value is not None}, dtype, function)
+    card = _hardware(hardware)
+    choice = case.choice(card)
+    floor = case.floor_us(card)
+    if json:
+        print_json(_explained(case, card, choice, floor))
+        return
+    from rich.table import Table
+
+    from nybble.bench.run import label
+
+    out = stdout()
+    out.print(f"{label(case)} on {card.name}: floor {floor:.2f} us", markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "variant", "predicted us", "of floor", "constants", "why"):
+        table.add_column(name, justify="right" if name in ("predicted us", "of floor") else "left")
+    for candidate in choice.candidates:
+        us = candidate.us
+        table.add_row(
+            "*" if candidate is choice.pick else "",
+            candidate.variant,
+            "refused" if candidate.refused or us is None else f"{us:.2f}",
+            f"{100 * floor / us:.0f} %" if us and not candidate.refused else "-",
+            " ".join(f"{name}={value}" for name, value in candidate.config),
+            candidate.reason,
+            style="dim" if candidate.refused else None,
+        )
+    out.print(table)
+
+
+def _case(op: str, shape: dict[str, int], dtype: str, function: str) -> Case:
+    """The case with these dimensions; what is left out is the operation's default."""
+    module = cases_module(op)
+    functions = dict.fromkeys(case.function for case in (*module.BENCH, *module.SMALL))
+    if function and function not in functions:
+        raise typer.BadParameter(f"{op} has no {function!r}; it has {', '.join(functions)}", param_hint="--function")
+    known = module.BENCH[0].shape()
+    for name in shape:
+        if name not in known:
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{op} has no such dimension; it has {', '.join(known)}", param_hint=option)
+    options = {"function": function} if function and len(functions) > 1 else {}
+    return module.parse(shape, dtype_of(dtype) or module.BENCH[0].dtype, **options)
+
+
+def _hardware(name: str) -> Hardware:
+    from nybble.runtime.hardware import H200, KNOWN, current
+
+    if name in KNOWN:
+        return KNOWN[name]
+    if name not in ("", "current"):
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(KNOWN)}, current", param_hint="--hardware")
+    card = current()
+    if card is None and name == "current":
+        raise fail(f"no CUDA device here; name a card with --hardware ({', '.join(KNOWN)})", code=EXIT_FAILED)
+    return card or H200
+
+
+def _explained(case: Case, card: Hardware, choice: Choice, floor: float) -> dict[str, Any]:
+    return {
+        "op": case.op,
+        **_described(case),
+        "hardware": card.name,
+        "floor_us": floor,
+        "pick": choice.pick.variant,
+        "candidates": [
+            {
+                "variant": candidate.variant,
+                "constants": dict(candidate.config),
+                "us": candidate.us,
+                "refused": candidate.refused,
+                "reason": candidate.reason,
+                "picked": candidate is choice.pick,
+            }
+            for candidate in choice.candidates
+        ],
+    }

@@ -1,0 +1,215 @@
+"""The kernels' own layout of a 4-bit weight: every variant reads the same bytes, so a weight is stored once.
+
+The weight is cut into tiles of 16 output by 16 input features, the A operand of one tensor-core step
+(``mma.m16n8k16``, and a warp's quarter of ``wgmma.m64``), computing ``y^T = W^T x^T``. A tile is one 32-bit word for
+each of a warp's 32 lanes. With ``g = lane // 4`` and ``t = lane % 4``, the word's nibbles are, lowest first::
+
+    nibble            0        1        2        3        4        5        6        7
+    output feature    g        g+8      g        g+8      g        g+8      g        g+8
+    input feature     2t       2t       2t+8     2t+8     2t+1     2t+1     2t+9     2t+9
+
+so that ``(word >> 4 i) & 0x000f000f`` is register ``i`` of the fragment. Four tiles along K make one 16-byte load a lane,
+512 bytes a warp; four warps cover 64 output features; and the 2 KB of 64 by 64 features follow each other along K, so
+a block that owns 64 output features streams one contiguous range::
+
+    qweight[N/64][K/64][strip of 16 outputs: 4][lane: 32][tile along K: 4]   int32
+    scales [N/64][group][strip: 4][g: 8][half: 2]                            rows g and g + 8 are neighbours
+    qzeros [N/64][group][strip: 4][g: 8]                                     uint8, row g in the low nibble, g + 8 high
+
+Padding to whole tiles has weight zero. With act-order the input features are sorted by group (``perm``), so groups are
+contiguous in the packed weight and the activations are gathered instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nybble.formats.grouped import QuantizedWeight
+from nybble.runtime.errors import wrong_value
+
+Tensor = torch.Tensor
+TILE = 64
+"""Features of K and of N in one contiguous block of the layout."""
+
+
+def tiles(features: int) -> int:
+    """Blocks of 64 that cover ``features``."""
+    return -(-features // TILE)
+
+
+def packed_groups(in_features: int, group_size: int) -> int:
+    """Groups along the padded K: what the kernels index."""
+    return 1 if group_size >= in_features else -(-tiles(in_features) * TILE // group_size)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A 4-bit weight in the kernels' layout (the module's diagram).
+
+    Attributes:
+        qweight: int32 ``[ceil(N/64), ceil(K/64), 512]``.
+        scales: ``[ceil(N/64), groups, 64]``, float16, bfloat16 or float32, as the checkpoint has them.
+        qzeros: uint8 ``[ceil(N/64), groups, 32]``, or ``None`` when every zero point is 8.
+        perm: int32 ``[K]``, packed position -> input feature, or ``None`` without act-order.
+        in_features: K. out_features: N. group_size: features of K that share a scale (K for one group).
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor | None
+    perm: Tensor | None
+    in_features: int
+    out_features: int
+    group_size: int
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight) -> PackedWeight:
+        """Pack; on the weight's own device.
+
+        Raises:
+            ValueError: K or N is not a multiple of 8, or an act-order ``g_idx`` does not give every group its
+                ``group_size`` features, so that sorting can't make the groups contiguous.
+        """
+        k, n = weight.in_features, weight.out_features
+        for name, features in (("K (in_features)", k), ("N (out_features)", n)):
+            if features % 8:
+                raise wrong_value("PackedWeight", name, "a multiple of 8", features, "The kernels move 8 at a time.")
+        q, perm = weight.q, None
+        if weight.g_idx is not None:
+            perm = _sort_groups(weight)
+            if perm is not None:
+                q = q[perm.long()]
+        groups = packed_groups(k, weight.group_size)
+        zeros = _pad(weight.zeros, groups, tiles(n) * TILE)
+        scales = _pad(weight.scales, groups, tiles(n) * TILE)
+        return cls(
+            _pack_values(q, zeros, weight.group_size),
+            _rows_to_tiles(scales),
+            None if weight.symmetric else _pack_zeros(zeros),
+            perm,
+            k,
+            n,
+            weight.group_size,
+        )
+
+    def unpack(self) -> QuantizedWeight:
+        """The exact inverse of :meth:`from_quantized`."""
+        k, n = self.in_features, self.out_features
+        groups = -(-k // self.group_size)
+        q = unpack_values(self.qweight)[:k, :n].contiguous()
+        scales = _tiles_to_rows(self.scales)[:groups, :n].contiguous()
+        if self.qzeros is None:
+            zeros = torch.full((groups, n), 8, dtype=torch.uint8, device=q.device)
+        else:
+            zeros = unpack_zeros(self.qzeros)[:groups, :n].contiguous()
+        g_idx = None
+        if self.perm is not None:
+            order = self.perm.long()
+            straight = torch.empty_like(q)
+            straight[order] = q
+            q = straight
+            g_idx = torch.empty(k, dtype=torch.int32, device=q.device)
+            g_idx[order] = torch.arange(k, dtype=torch.int32, device=q.device) // self.group_size
+        return QuantizedWeight(q, zeros, scales, self.group_size, g_idx)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``(qweight, scales, qzeros, perm)``, as the operator takes them."""
+        return self.qweight, self.scales, self.qzeros, self.perm
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight occupies."""
+        return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device."""
+        moved = [None if t is None else t.to(device) for t in self.tensors]
+        return PackedWeight(*moved, self.in_features, self.out_features, self.group_size)  # type: ignore[arg-type]
+
+
+def _sort_groups(weight: QuantizedWeight) -> Tensor | None:
+    """int32 ``[K]``: the features in order of their group; ``None`` when they already are."""
+    assert weight.g_idx is not None
+    k, size = weight.in_features, weight.group_size
+    counts = torch.bincount(weight.g_idx.long(), minlength=weight.groups).tolist()
+    for group, count in enumerate(counts):
+        expected = min(size, k - group * size)
+        if count != expected:
+            raise wrong_value(
+                "PackedWeight",
+                "g_idx",
+                f"{expected} features in group {group} (group_size {size})",
+                count,
+                "Quantise again with whole groups, or without act-order.",
+            )
+    perm = torch.argsort(weight.g_idx, stable=True).to(torch.int32)
+    ordered = torch.equal(perm, torch.arange(k, dtype=torch.int32, device=perm.device))
+    return None if ordered else perm
+
+
+def _pad(rows: Tensor, height: int, width: int) -> Tensor:
+    padded = rows.new_zeros(height, width)
+    padded[: rows.shape[0], : rows.shape[1]] = rows
+    return padded
+
+
+def _pack_values(q: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    k, n = q.shape
+    height, width = tiles(k) * TILE, zeros.shape[1]
+    padded = q
+    if (height, width) != (k, n):
+        # A padded value equals its zero point: its weight is 0 whatever the scale is.
+        group = torch.arange(height, device=q.device) // group_size
+        padded = zeros[group.clamp_(max=zeros.shape[0] - 1)]
+        padded[:k, :n] = q
+    split = padded.t().reshape(width // 64, 4, 2, 8, height // 64, 4, 2, 4, 2)
+    #                          N/64  strip half g   K/64  tile  far t  odd
+    nibbles = split.permute(0, 4, 1, 3, 7, 5, 8, 6, 2).reshape(width // 64, height // 64, 512, 8)
+    return _join_nibbles(nibbles).view(torch.int32).reshape(width // 64, height // 64, 512)
+
+
+def unpack_values(qweight: Tensor) -> Tensor:
+    """uint8 ``[K padded, N padded]`` of a packed ``qweight``."""
+    n_tiles, k_tiles, _ = qweight.shape
+    packed = qweight.contiguous().view(torch.uint8)
+    nibbles = torch.stack((packed & 15, packed >> 4), -1)
+    split = nibbles.reshape(n_tiles, k_tiles, 4, 8, 4, 4, 2, 2, 2)
+    #                       N/64     K/64     strip g t tile odd far half
+    return split.permute(1, 5, 7, 4, 6, 0, 2, 8, 3).reshape(k_tiles * 64, n_tiles * 64)
+
+
+def _rows_to_tiles(rows: Tensor) -> Tensor:
+    """``[groups, N]`` -> ``[N/64, groups, 64]`` with features g and g + 8 of a strip side by side."""
+    groups, n = rows.shape
+    return rows.reshape(groups, n // 64, 4, 2, 8).permute(1, 0, 2, 4, 3).reshape(n // 64, groups, 64).contiguous()
+
+
+def _tiles_to_rows(packed: Tensor) -> Tensor:
+    n_tiles, groups, _ = packed.shape
+    return packed.reshape(n_tiles, groups, 4, 8, 2).permute(1, 0, 2, 4, 3).reshape(groups, n_tiles * 64)
+
+
+def _pack_zeros(zeros: Tensor) -> Tensor:
+    return _join_nibbles(_rows_to_tiles(zeros))
+
+
+def unpack_zeros(qzeros: Tensor) -> Tensor:
+    """uint8 ``[groups, N padded]`` of packed zero points."""
+    return _tiles_to_rows(torch.stack((qzeros & 15, qzeros >> 4), -1).flatten(-2))
+
+
+def unpack_scales(scales: Tensor) -> Tensor:
+    """``[groups, N padded]`` of packed scales."""
+    return _tiles_to_rows(scales)
+
+
+def _join_nibbles(nibbles: Tensor) -> Tensor:
+    """uint8 ``[..., 2 n]`` -> uint8 ``[..., n]``, the first of two in the low half."""
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)

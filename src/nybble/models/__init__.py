@@ -1,0 +1,1 @@
+"""Whole models: load a checkpoint folder, fuse the norms of a Hugging Face model, generate text, score text."""

@@ -1,0 +1,1 @@
+"""LayerNorm and RMSNorm fused with the residual additions around them."""

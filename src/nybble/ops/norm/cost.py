@@ -1,0 +1,106 @@
+"""Which form of the norm kernel runs: a row kept in registers by one block, or read again in each pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nybble.runtime.choice import Candidate, Choice
+from nybble.runtime.choice import choose as pick
+from nybble.runtime.hardware import Hardware
+
+MAX_KEPT = 32
+"""Values a thread keeps: 32 of its 64 registers at 1024 threads, as measured by the compile gate (no spills)."""
+LAUNCH_US = 1.2
+"""The smallest useful kernel as a node of a CUDA graph on an H200."""
+
+
+class Spec(NamedTuple):
+    """All that affects compilation or choice.
+
+    Attributes:
+        function: public function name.
+        dtype: of every tensor.
+        hidden: row length.
+        bias: a bias is given (for both norms of the dual form).
+        aligned: every pointer and the row length allow 16-byte accesses.
+        rows: rounded up to a power of two; the exact number is a launch argument.
+        variant: ``"auto"`` or a name.
+    """
+
+    function: str
+    dtype: torch.dtype
+    hidden: int
+    bias: bool
+    aligned: bool
+    rows: int
+    variant: str
+
+
+class Form(NamedTuple):
+    """What a public function asks of the kernel."""
+
+    addends: int
+    norms: int
+    rms: bool
+    after: bool
+    store_sum: bool
+
+
+FORMS: dict[str, Form] = {
+    "layernorm": Form(1, 1, False, False, False),
+    "rmsnorm": Form(1, 1, True, False, False),
+    "layernorm_residual": Form(1, 1, False, True, False),
+    "add_layernorm": Form(2, 1, False, False, True),
+    "add_rmsnorm": Form(2, 1, True, False, True),
+    "add_dual_layernorm": Form(3, 2, False, False, True),
+}
+
+
+def passes(function: str) -> int:
+    """Tensors of ``[rows, hidden]`` that cross memory: inputs read once, outputs written once."""
+    form = FORMS[function]
+    return form.addends + form.after + form.norms + form.store_sum
+
+
+def vector(spec: Spec) -> int:
+    """Elements of one access: 16 bytes where pointers and row length allow it, else one element."""
+    full = 16 // spec.dtype.itemsize
+    return full if spec.aligned and spec.hidden % full == 0 else 1
+
+
+def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
+    """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
+    reference = Candidate("reference", (), 1e6, "PyTorch, several kernels; what runs on a CPU")
+    if hardware is None:
+        refused = Candidate("cuda", (), None, "no CUDA device", refused=True)
+        return [refused, reference]
+    if hardware.capability < (8, 0):
+        reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
+        return [Candidate("cuda", (), None, reason, refused=True), reference]
+    width = vector(spec)
+    vectors = spec.hidden // width
+    threads = min(512, -(-vectors // 32) * 32)
+    if -(-vectors // threads) * width > MAX_KEPT:
+        threads = 1024
+    kept = -(-vectors // threads) * width
+    keep = kept <= MAX_KEPT
+    traffic = passes(spec.function) if keep else passes(spec.function) + 2 * FORMS[spec.function].addends
+    read = hardware.read_tbps or 1.0
+    us = LAUNCH_US + traffic * spec.rows * spec.hidden * spec.dtype.itemsize / (read * 1e6)
+    reason = f"{threads} threads a row, {width * spec.dtype.itemsize}-byte accesses, " + (
+        f"{kept} values a thread in registers" if keep else "the row is read three times: too wide for registers"
+    )
+    config = (("VEC", width), ("THREADS", threads), ("KEEP", keep))
+    return [Candidate("cuda", config, us, reason), reference]
+
+
+def choose(spec: Spec, hardware: Hardware | None) -> Choice:
+    """The variant for this request; pure, so it is the same printed anywhere.
+
+    Raises:
+        ValueError: ``spec.variant`` is unknown.
+        UnsupportedError: the variant asked for can't run here; the text says why.
+    """
+    return pick(spec.function, candidates(spec, hardware), spec.variant)

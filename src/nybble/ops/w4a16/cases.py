@@ -1,0 +1,165 @@
+"""Inputs of the 4-bit linear for tests, benches and the compile gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from nybble.formats.grouped import QuantizedWeight
+from nybble.formats.tiles import PackedWeight
+from nybble.ops.case import Case, Tensors, take
+from nybble.ops.w4a16 import cost, op
+from nybble.runtime.choice import Choice
+from nybble.runtime.hardware import H200, Hardware
+from nybble.runtime.source import Source
+
+Tensor = torch.Tensor
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Half a unit in the last place, relative."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one request is made of: ``quantized`` is the meaning of ``weight``."""
+
+    x: Tensor
+    weight: PackedWeight
+    bias: Tensor | None
+    quantized: QuantizedWeight
+
+
+@dataclass(frozen=True)
+class W4A16Case(Case):
+    """One request: rows, features, group, dtype, and which of the format's options the weight uses."""
+
+    m: int = 1
+    n: int = 4096
+    k: int = 4096
+    group_size: int = 128
+    dtype: torch.dtype = torch.float16
+    symmetric: bool = True
+    act_order: bool = False
+    bias: bool = False
+    scale_dtype: torch.dtype | None = None
+    op: ClassVar[str] = "w4a16"
+    function: ClassVar[str] = "w4a16_linear"
+
+    def shape(self) -> dict[str, int]:
+        return {"m": self.m, "n": self.n, "k": self.k, "group_size": self.group_size}
+
+    def quantized(self, device: torch.device | str = "cpu", seed: int = 0) -> QuantizedWeight:
+        """A random weight with the deviation of a trained one, about ``1 / sqrt(K)``."""
+        draw = torch.Generator(device).manual_seed(seed)
+        size = self.k if self.group_size == -1 else self.group_size
+        groups = -(-self.k // size)
+        q = torch.randint(0, 16, (self.k, self.n), generator=draw, device=device, dtype=torch.uint8)
+        if self.symmetric:
+            zeros = torch.full((groups, self.n), 8, device=device, dtype=torch.uint8)
+        else:
+            zeros = torch.randint(0, 16, (groups, self.n), generator=draw, device=device, dtype=torch.uint8)
+        scales = 0.5 + torch.rand(groups, self.n, generator=draw, device=device)
+        scales = (scales * (0.2 / self.k**0.5)).to(self.scale_dtype or self.dtype)
+        g_idx = None
+        if self.act_order:
+            order = torch.randperm(self.k, generator=draw, device=device)
+            g_idx = torch.empty(self.k, device=device, dtype=torch.int32)
+            g_idx[order] = torch.arange(self.k, device=device, dtype=torch.int32) // size
+        return QuantizedWeight(q, zeros, scales, size, g_idx)
+
+    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+        quantized = self.quantized(device, seed)
+        draw = torch.Generator(device).manual_seed(seed + 1)
+        x = torch.randn(self.m, self.k, generator=draw, device=device).to(self.dtype)
+        bias = torch.randn(self.n, generator=draw, device=device).to(self.dtype) if self.bias else None
+        return Inputs(x, PackedWeight.from_quantized(quantized), bias, quantized)
+
+    def run(self, inputs: Inputs, variant: str = "auto") -> Tensors:
+        return (op.w4a16_linear(inputs.x, inputs.weight, bias=inputs.bias, variant=variant),)
+
+    def truth(self, inputs: Inputs) -> Tensors:
+        """From the quantised weight's own meaning, which knows nothing of tiles."""
+        y = inputs.x.double() @ inputs.quantized.dequantize(torch.float64)
+        return (y if inputs.bias is None else y + inputs.bias.double(),)
+
+    def tolerance(self, inputs: Inputs, truth: Tensors) -> Tensors:
+        """One rounding of the result and the worst case of fp32 sums: a chain of K / 64 chunks, and within a chunk the
+        tensor core's, each step within 2^-23 of the sum of magnitudes."""
+        magnitude = inputs.x.double().abs() @ inputs.quantized.dequantize(torch.float64).abs()
+        steps = self.k / 64 + 16
+        return (ROUNDING[self.dtype] * truth[0].abs() + steps * 2.0**-24 * magnitude + 2.0**-25,)
+
+    def spec(self, variant: str = "auto") -> cost.Spec:
+        m = 1 << max(0, self.m - 1).bit_length()
+        size = self.k if self.group_size == -1 else self.group_size
+        scale_dtype = self.scale_dtype or self.dtype
+        return cost.Spec(
+            m, self.n, self.k, size, self.dtype, scale_dtype, not self.symmetric, self.act_order, self.bias, variant
+        )
+
+    def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
+        return cost.choose(self.spec(variant), hardware)
+
+    def sources(self, hardware: Hardware) -> list[Source]:
+        spec = self.spec()
+        return [op.source(spec, c.config) for c in cost.candidates(spec, hardware) if c.config and not c.refused]
+
+    @property
+    def bytes(self) -> int:
+        groups = 1 if self.group_size == -1 else -(-self.k // self.group_size)
+        scales = groups * self.n * (self.scale_dtype or self.dtype).itemsize
+        zeros = 0 if self.symmetric else groups * self.n // 2
+        activations = (self.m * self.k + self.m * self.n + self.n * self.bias) * self.dtype.itemsize
+        return self.n * self.k // 2 + scales + zeros + activations + 4 * self.k * self.act_order
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+
+_POINTS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
+    (4096, 4096, (1, 16, 64, 128, 256, 1024, 4096)),
+    (12288, 4096, (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
+    (11008, 4096, (1,)),
+    (28672, 8192, (1, 16, 64, 128, 512, 4096)),
+    (8192, 28672, (1, 128, 4096)),
+)
+
+BENCH: tuple[W4A16Case, ...] = tuple(W4A16Case(m, n, k) for n, k, rows in _POINTS for m in rows)
+"""What a GPU is measured on."""
+
+SMALL: tuple[W4A16Case, ...] = (
+    W4A16Case(1, 256, 256, 128, torch.float32),
+    W4A16Case(16, 256, 256, 32, torch.float32, symmetric=False, act_order=True, bias=True),
+)
+"""What a CPU can run in a moment."""
+
+_PLAIN = W4A16Case(1, 4096, 4096)
+GATE: tuple[W4A16Case, ...] = (
+    *(W4A16Case(m, 4096, 4096, g, d) for m in (1, 16, 32, 64) for g in (32, 128) for d in cost.HALF),
+    *(
+        replace(_PLAIN, m=m, group_size=g, symmetric=False, act_order=True, bias=True)
+        for m in (1, 16, 64)
+        for g in (16, 64, 256, -1)
+    ),
+    *(W4A16Case(m, n, k) for m in (1, 64) for n, k in ((12288, 4096), (28672, 8192), (256, 1024), (72, 200))),
+    W4A16Case(1, 4096, 4096, 128, torch.bfloat16, scale_dtype=torch.float16),
+    W4A16Case(16, 8200, 8256, 64, torch.bfloat16, symmetric=False),
+)
+"""What the compile gate builds: every tile, dtype and option, and shapes off the tile."""
+
+
+def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> W4A16Case:
+    """The case for a shape such as ``{"m": 8, "n": 12288, "k": 4096}``; options are the fields of :class:`W4A16Case`.
+
+    Raises:
+        ValueError: a dimension is missing or unknown.
+    """
+    m, n, k, group_size = take("w4a16", shape, {"m": 1, "n": 4096, "k": 4096, "group_size": 128})
+    return W4A16Case(m, n, k, group_size, dtype, **options)
+
+
+def gate(hardware: Hardware = H200) -> list[Source]:
+    """Every specialisation the compile gate builds for a GPU, without repeats."""
+    return list(dict.fromkeys(source for case in GATE for source in case.sources(hardware)))

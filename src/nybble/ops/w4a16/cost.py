@@ -1,0 +1,79 @@
+"""Which variant of the 4-bit linear runs, and with which tile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nybble.runtime.choice import Candidate, Choice
+from nybble.runtime.choice import choose as pick
+from nybble.runtime.hardware import Hardware
+
+HALF = (torch.float16, torch.bfloat16)
+TILES: tuple[tuple[int, int], ...] = ((8, 8), (16, 4), (32, 4), (64, 2))
+"""(TILE_M, SLICES) of mma.cu. More slices keep more weights in flight, fewer leave registers for more rows: at
+TILE_M 16, or with act-order's gather, eight slices (64 registers a thread) spill, four do not."""
+LAUNCH_US = 1.2
+"""The smallest useful kernel as a node of a CUDA graph on an H200."""
+
+
+class Spec(NamedTuple):
+    """All that affects compilation or choice.
+
+    Attributes:
+        m: rows, rounded up to a power of two; the exact number is a launch argument.
+        n, k: output and input features.
+        group_size: as :class:`nybble.PackedWeight` holds it.
+        dtype: of x and y. scale_dtype: of the scales.
+        zeros, perm, bias: whether there are zero points other than 8, an act-order permutation, a bias.
+        variant: ``"auto"`` or a name.
+    """
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    zeros: bool
+    perm: bool
+    bias: bool
+    variant: str
+
+
+def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
+    """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
+    weight_bytes = spec.n * spec.k // 2
+    # Dequantising writes and reads fp32, about 20 bytes a weight in all.
+    read = (hardware.read_tbps or 1.0) if hardware else 0.02
+    reference = Candidate(
+        "reference", (), 40.0 + 40 * weight_bytes / (read * 1e6), "PyTorch: dequantise, then multiply in fp32"
+    )
+    if hardware is None:
+        return [Candidate("mma", (), None, "no CUDA device", refused=True), reference]
+    if hardware.capability < (8, 0):
+        reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
+        return [Candidate("mma", (), None, reason, refused=True), reference]
+    if spec.dtype not in HALF:
+        reason = f"needs float16 or bfloat16 activations, got {spec.dtype}"
+        return [Candidate("mma", (), None, reason, refused=True), reference]
+    tile, slices = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
+    slices = min(slices, 4) if spec.perm else slices
+    # Each tile of rows reads the weights again, from L2 at best; the tensor cores reach about a third of their rate.
+    passes = -(-spec.m // tile)
+    memory = weight_bytes / (read * 1e6) * (1 + 0.3 * (passes - 1))
+    maths = 2 * spec.m * spec.n * spec.k / ((hardware.half_tflops or 300.0) * 0.3 * 1e6)
+    reason = f"{tile} rows x 64 features a block, {slices} slices along K"
+    config = (("TILE_M", tile), ("SLICES", slices))
+    return [Candidate("mma", config, LAUNCH_US + max(1.6 * memory, maths), reason), reference]
+
+
+def choose(spec: Spec, hardware: Hardware | None) -> Choice:
+    """The variant for this request; pure, so it is the same printed anywhere.
+
+    Raises:
+        ValueError: ``spec.variant`` is unknown.
+        UnsupportedError: the variant asked for can't run here; the text says why.
+    """
+    return pick("w4a16_linear", candidates(spec, hardware), spec.variant)

@@ -1,0 +1,184 @@
+// mma: the 4-bit linear on tensor cores through mma.sync, for every number of rows and every GPU since sm_80.
+//
+// Computes      y[m, n] = sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])
+//               q - zero is an exact small integer in 16 bits; products and sums are fp32; the scale multiplies the
+//               fp32 sum of a group (or of 64 of its features), so a weight is never rounded
+// Tensors       x: X [M, K]; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
+//               [N64, GROUPS, 32] or null (8 everywhere); perm: int32 [K] or null; bias: X [N] or null; y: X [M, N].
+//               N64 = ceil(N / 64), K64 = ceil(K / 64); x, y, qweight 16-byte aligned
+// Layout        formats/tiles.py has the diagram. A warp owns 16 output features and reads, for 64 input features, one
+//               uint4 a lane: word j is the A fragment of features 16 j .. 16 j + 15. Scales lie so that a lane's two
+//               rows (g and g + 8 of the 16) are neighbours; so do the two nibbles of their zero points
+// Mapping       block (i, j) -> rows TILE_M * i .., output features 64 * j ..; 4 warps share the 64 features; SLICES such
+//               teams take every SLICES-th chunk of 64 input features and add up at the end, in a fixed order
+// Shared memory tile: x, SLICES * 2 stages of [TILE_M][72] X; then, in the same bytes, the slices' sums
+//               [SLICES - 1][TILE_M / 2][128] float; then y [TILE_M][72] X
+// Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: multiple of 16 or >= K;
+//               TILE_M: 8, 16, 32, 64; SLICES: 1..8; ZEROS, PERM, BIAS: 0/1
+// Roof          few rows: N * K / 2 bytes of weights; many rows: 2 * M * N * K flops
+// Source        own work. The word-per-lane packing follows the idea of Marlin (Frantar et al. 2024).
+#include "copy.cuh"
+#include "int4.cuh"
+#include "mma.cuh"
+
+static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
+static_assert(GROUP % 16 == 0 || GROUP >= K, "a group is a multiple of 16 input features, or all of them");
+static_assert(TILE_M % 8 == 0 && TILE_M >= 8 && TILE_M <= 64, "a tile has 8 to 64 rows");
+static_assert(SLICES >= 1 && SLICES <= 8, "one to eight slices along K: 128 threads each");
+
+constexpr int K64 = (K + 63) / 64;
+constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
+// Steps of 16 features between two applications of the scale: a group's, but at most a chunk's.
+constexpr int STEPS = GROUP >= 64 || GROUP >= K ? 4 : GROUP / 16;
+static_assert(4 % STEPS == 0, "a chunk of 64 features holds a whole number of groups");
+constexpr int AHEAD = 4;                 // chunks of weights a warp keeps in flight: 4 x 512 bytes
+constexpr int MBLOCKS = TILE_M / 8;
+constexpr int STRIDE = 64 + 8;           // 144 bytes a row: ldmatrix meets no bank twice
+constexpr int STAGE = TILE_M * STRIDE;   // elements of one stage
+
+constexpr int X_BYTES = SLICES * 2 * STAGE * sizeof(X);
+constexpr int SUM_BYTES = (SLICES - 1) * 128 * TILE_M / 2 * sizeof(float);
+constexpr int Y_BYTES = STAGE * sizeof(X);
+constexpr int MOST = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
+constexpr int BYTES = MOST > Y_BYTES ? MOST : Y_BYTES;
+static_assert(BYTES <= 48 * 1024, "the tile must fit the 48 KB that need no special launch");
+
+extern "C" __global__ void __launch_bounds__(128 * SLICES)
+mma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* __restrict__ scales,
+           const unsigned char* __restrict__ qzeros, const int* __restrict__ perm, const X* __restrict__ bias,
+           X* __restrict__ y, long long rows) {
+    __shared__ __align__(16) unsigned char shared[BYTES];
+    const int lane = threadIdx.x % 32, strip = threadIdx.x / 32 % 4, slice = threadIdx.x / 128;
+    const int member = threadIdx.x % 128;    // of the slice's 128 threads
+    const int row8 = lane / 4;               // g of the fragment: this lane's output features are g and g + 8
+    const long long first_row = static_cast<long long>(blockIdx.x) * TILE_M;
+    const int tile_n = blockIdx.y;
+
+    // Phase 1: weights of the first chunks are on their way before anything else.
+    const uint4* words = qweight + (static_cast<long long>(tile_n) * K64 * 4 + strip) * 32 + lane;
+    uint4 ahead[AHEAD];
+#pragma unroll
+    for (int d = 0; d < AHEAD; ++d) {
+        const int chunk = slice + d * SLICES;
+        if (chunk < K64) ahead[d] = load_streaming(words + chunk * 128);
+    }
+
+    // Phase 2: x through shared memory, two stages a slice.
+    X* stages = reinterpret_cast<X*>(shared) + slice * 2 * STAGE;
+    auto fetch_x = [&](int chunk, int stage) {
+        X* to = stages + stage * STAGE;
+#pragma unroll
+        for (int piece = member; piece < TILE_M * 8; piece += 128) {
+            const int row = piece / 8, column = piece % 8 * 8, k = chunk * 64 + column;
+            const bool valid = first_row + row < rows && k < K;
+            X* target = to + row * STRIDE + column;
+            if constexpr (PERM) {
+                // Act-order: the packed weights are sorted by group, so x is gathered instead. 2-byte loads, from L2.
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                    target[e] = valid ? x[(first_row + row) * K + perm[k + e]] : from_float<X>(0.0f);
+            } else {
+                copy_async_16(target, valid ? x + (first_row + row) * K + k : x, valid);
+            }
+        }
+        commit_copies();
+    };
+    if (slice < K64) fetch_x(slice, 0);
+
+    // Phase 3: the product, chunk by chunk.
+    float total[MBLOCKS][4] = {};
+    auto multiply = [&](int chunk, int stage, const uint4& packed) {
+        const X* tile = stages + stage * STAGE + lane % 8 * STRIDE + lane / 8 * 8;
+        const unsigned word[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int first = 0; first < 4; first += STEPS) {
+            const int group = GROUP >= K ? 0 : (chunk * 64 + first * 16) / GROUP;
+            const long long at = static_cast<long long>(tile_n) * GROUPS + group;
+            int zero_points = 0x88;
+            if constexpr (ZEROS) zero_points = qzeros[at * 32 + strip * 8 + row8];
+            const S* scale = scales + at * 64 + strip * 16 + row8 * 2;
+            const float scale_top = to_float(scale[0]), scale_bottom = to_float(scale[1]);
+            const unsigned zero_top = zero_pair<X>(zero_points & 15), zero_bottom = zero_pair<X>(zero_points >> 4);
+            unsigned a[STEPS][4];
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) unpack_int4<X>(word[first + step], zero_top, zero_bottom, a[step]);
+#pragma unroll
+            for (int block = 0; block < MBLOCKS; ++block) {
+                float sum[4] = {};
+                unsigned b[4];
+#pragma unroll
+                for (int step = 0; step < STEPS; ++step) {
+                    // One load brings the B fragments of two steps (32 features).
+                    const int at_step = first + step;
+                    if (step == 0 || at_step % 2 == 0)
+                        load_matrices(b, tile + block * 8 * STRIDE + at_step / 2 * 32);
+                    mma_16816<X>(sum, a[step], b[at_step % 2 * 2], b[at_step % 2 * 2 + 1]);
+                }
+                total[block][0] += scale_top * sum[0];
+                total[block][1] += scale_top * sum[1];
+                total[block][2] += scale_bottom * sum[2];
+                total[block][3] += scale_bottom * sum[3];
+            }
+        }
+    };
+    for (int chunk = slice, stage = 0; chunk < K64;) {
+#pragma unroll
+        for (int d = 0; d < AHEAD; ++d, chunk += SLICES, stage ^= 1) {
+            if (chunk >= K64) break;
+            const uint4 packed = ahead[d];
+            if (chunk + AHEAD * SLICES < K64) ahead[d] = load_streaming(words + (chunk + AHEAD * SLICES) * 128);
+            if (chunk + SLICES < K64) {
+                fetch_x(chunk + SLICES, stage ^ 1);
+                wait_copies<1>();
+            } else {
+                wait_copies<0>();
+            }
+            sync_part(1 + slice, 128);   // every thread's part of this stage has arrived
+            multiply(chunk, stage, packed);
+            sync_part(1 + slice, 128);   // the stage may be written again
+        }
+    }
+
+    // Phase 4: add up the slices, in order, so that the result never depends on timing.
+    if constexpr (SLICES > 1) {
+        float* sums = reinterpret_cast<float*>(shared);
+        __syncthreads();
+        if (slice > 0) {
+#pragma unroll
+            for (int i = 0; i < MBLOCKS * 4; ++i)
+                sums[((slice - 1) * MBLOCKS * 4 + i) * 128 + member] = total[i / 4][i % 4];
+        }
+        __syncthreads();
+        if (slice == 0) {
+#pragma unroll
+            for (int i = 0; i < MBLOCKS * 4; ++i) {
+                for (int other = 0; other < SLICES - 1; ++other)
+                    total[i / 4][i % 4] += sums[(other * MBLOCKS * 4 + i) * 128 + member];
+            }
+        }
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+
+    // Phase 5: bias, one rounding, and through shared memory to rows of 16-byte stores.
+    X* out = reinterpret_cast<X*>(shared);
+    if (slice == 0) {
+#pragma unroll
+        for (int i = 0; i < MBLOCKS * 4; ++i) {
+            const int feature = strip * 16 + row8 + i % 4 / 2 * 8, row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            float value = total[i / 4][i % 4];
+            if constexpr (BIAS) {
+                if (tile_n * 64 + feature < N) value += to_float(bias[tile_n * 64 + feature]);
+            }
+            out[row * STRIDE + feature] = from_float<X>(value);
+        }
+    }
+    __syncthreads();
+    for (int piece = threadIdx.x; piece < TILE_M * 8; piece += 128 * SLICES) {
+        const int row = piece / 8, column = piece % 8 * 8;
+        if (first_row + row < rows && tile_n * 64 + column < N)
+            *reinterpret_cast<uint4*>(y + (first_row + row) * N + tile_n * 64 + column) =
+                *reinterpret_cast<const uint4*>(out + row * STRIDE + column);
+    }
+}
