@@ -23,6 +23,7 @@ floating-point sums on another CPU or with another number of threads give slight
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -382,10 +383,11 @@ def quantize(work: Path) -> None:
     rows = [tokens[s : s + 256].tolist() for s in list(starts)[:256]]
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     recipe = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, offload_to_disk=False)
-    model = GPTQModel.load(str(work / "float"), recipe, dtype=torch.float16)
-    model.quantize(calibration, batch_size=8)
-    shutil.rmtree(work / "gptq", ignore_errors=True)
-    model.save(str(work / "gptq"))
+    with contextlib.chdir(work):  # it writes logs/ where it runs
+        model = GPTQModel.load(str(work / "float"), recipe, dtype=torch.float16)
+        model.quantize(calibration, batch_size=8)
+        shutil.rmtree(work / "gptq", ignore_errors=True)
+        model.save(str(work / "gptq"))
 
 
 def dequantized(folder: Path) -> GPTNeoXForCausalLM:
@@ -539,7 +541,7 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true", help="ignore an earlier checkpoint")
     args = parser.parse_args()
     for stage in (s for s in STAGES if s in args.stages):
-        work: Path = args.work
+        work: Path = args.work.resolve()
         if stage == "corpus":
             make_corpus(work)
         elif stage == "tokenizer":

@@ -20,6 +20,7 @@ with ``--no-deps``. Example: ``python scripts/make_fixtures.py`` or ``python scr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -128,7 +129,7 @@ def quantize(fixture: Fixture, folder: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(VOCABULARY, (48,), generator=generator).tolist() for _ in range(32)]
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # GPTQModel writes logs/ where it runs
         random_model(fixture.model).save_pretrained(f"{scratch}/float")
         save_tokenizer(f"{scratch}/float")
         recipe = QuantizeConfig(offload_to_disk=False, **fixture.recipe)

@@ -14,7 +14,7 @@ from nybble.bench import report
 from nybble.bench.run import Measurement
 from nybble.bench.timing import Timing
 from nybble.runtime.hardware import H200
-from tests.bench.fake import FakeCase
+from fake_operation import FakeCase
 
 AT = report.Stamp("abc1234", "NVIDIA H200", "580.1", "2.13.0", "2026-01-02T03:04:05+00:00")
 

@@ -9,7 +9,7 @@ import torch
 
 from nybble.bench import peers, run
 from nybble.runtime.hardware import H200
-from tests.bench import fake
+import fake_operation as fake
 
 CPU = torch.device("cpu")
 

@@ -46,7 +46,9 @@ def slow(words: torch.Tensor) -> list[list[int]]:
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
-def test_unpack_reads_what_the_format_says_and_pack_restores_it(k: int, columns: int, group_size: int, seed: int) -> None:
+def test_unpack_reads_what_the_format_says_and_pack_restores_it(
+    k: int, columns: int, group_size: int, seed: int
+) -> None:
     tensors = layer(k, 8 * columns, group_size, seed)
     w = unpack_awq(**tensors, group_size=group_size)
     assert w.q.tolist() == slow(tensors["qweight"])
@@ -71,7 +73,11 @@ def test_a_known_word() -> None:
         ("qzeros", torch.zeros(4, 2, dtype=torch.int16), "expected torch.int32, got torch.int16"),
         ("scales", torch.ones(16, 4), "expected shape [G, N] = [4, 16], got [16, 4]"),
         ("qweight", torch.zeros(128, 2, dtype=torch.uint8), "expected torch.int32, got torch.uint8"),
-        ("qweight", torch.zeros(2, 128, 2, dtype=torch.int32), "expected 2 dimensions, none of them 0, got [2, 128, 2]"),
+        (
+            "qweight",
+            torch.zeros(2, 128, 2, dtype=torch.int32),
+            "expected 2 dimensions, none of them 0, got [2, 128, 2]",
+        ),
         ("qweight", torch.zeros(124, 2, dtype=torch.int32), "expected K (in_features) to be a multiple of 8, got 124"),
     ],
 )
@@ -86,14 +92,14 @@ def test_a_wrong_tensor_is_named(tensor: str, value: torch.Tensor, reason: str) 
 
 
 def test_an_unsupported_group_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="^unpack_awq: group_size: expected -1, one of .* got 48$"):
+    with pytest.raises(ValueError, match=r"^unpack_awq: group_size: expected -1, one of .* got 48$"):
         unpack_awq(**layer(128, 16, 32), group_size=48)
 
 
 def test_act_order_has_no_place_in_it() -> None:
     w = unpack_awq(**layer(64, 16, 32), group_size=32)
     shuffled = QuantizedWeight(w.q, w.zeros, w.scales, 32, (torch.arange(64, dtype=torch.int32) // 32).flip(0))
-    with pytest.raises(ValueError, match="^pack_awq: w.g_idx: expected None, got act-order. AWQ GEMM has no g_idx"):
+    with pytest.raises(ValueError, match=r"^pack_awq: w.g_idx: expected None, got act-order. AWQ GEMM has no g_idx"):
         pack_awq(shuffled)
 
 
@@ -101,5 +107,5 @@ def test_act_order_has_no_place_in_it() -> None:
 def test_sides_that_fill_no_words_are_not_packed(k: int, n: int) -> None:
     zeros = torch.zeros(1, n, dtype=torch.uint8)
     w = QuantizedWeight(torch.zeros(k, n, dtype=torch.uint8), zeros, torch.ones(1, n), k)
-    with pytest.raises(ValueError, match="^pack_awq: qweight: expected .* to be a multiple of 8, got 12$"):
+    with pytest.raises(ValueError, match=r"^pack_awq: qweight: expected .* to be a multiple of 8, got 12$"):
         pack_awq(w)

@@ -110,7 +110,7 @@ def test_zero_points_of_known_words(stored: int, checkpoint_format: str, zeros: 
     word = stored - 2**32 if stored >= 2**31 else stored
     tensors = {**layer(16, 8, 16), "qzeros": torch.tensor([[word]], dtype=torch.int32)}
     if zeros == [0] * 8:  # 0x00000000 - 0x11111111 modulo 2^32
-        assert (0 - 0x11111111) % 2**32 == stored
+        assert stored == (0 - 0x11111111) % 2**32
     w = unpack_gptq(**tensors, group_size=16, checkpoint_format=checkpoint_format)
     assert w.zeros.tolist() == [zeros]
     assert torch.equal(pack_gptq(w, checkpoint_format=checkpoint_format)["qzeros"], tensors["qzeros"])
@@ -192,11 +192,13 @@ def test_a_mislabelled_symmetric_file_is_read_as_what_it_is(says: str, word: int
     other = {"gptq": "gptq_v2", "gptq_v2": "gptq"}[says]
     tensors = {**layer(64, 16, 32), "qzeros": torch.full((2, 2), word, dtype=torch.int32)}
     with pytest.warns(UserWarning) as caught:
-        w = unpack_gptq(**tensors, group_size=32, checkpoint_format=says, symmetric=True, file="a.safetensors", name="m")
+        w = unpack_gptq(
+            **tensors, group_size=32, checkpoint_format=says, symmetric=True, file="a.safetensors", name="m"
+        )
     assert (w.zeros == 8).all()
     assert [str(warning.message) for warning in caught] == [
-        f"a.safetensors: says checkpoint_format {says!r} and sym, but its zero points are stored as {other!r} stores 8; "
-        f"read as {other!r}"
+        f"a.safetensors: says checkpoint_format {says!r} and sym, "
+        f"but its zero points are stored as {other!r} stores 8; read as {other!r}"
     ]
 
 
@@ -283,7 +285,7 @@ def test_an_unsupported_group_size_is_refused(group_size: int) -> None:
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ValueError, match=r"checkpoint_format: expected one of \('gptq', 'gptq_v2'\), got 'marlin'"):
         unpack_gptq(**layer(128, 16, 32), group_size=32, checkpoint_format="marlin")
-    with pytest.raises(ValueError, match="^pack_gptq: checkpoint_format: expected"):
+    with pytest.raises(ValueError, match=r"^pack_gptq: checkpoint_format: expected"):
         pack_gptq(unpack_gptq(**layer(128, 16, 32), group_size=32), checkpoint_format="marlin")
 
 

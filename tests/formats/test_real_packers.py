@@ -45,7 +45,10 @@ def test_dequantised_weights_are_the_packers_own(name: str) -> None:
     assert (config.method, config.checkpoint_format, config.group_size) == (method, checkpoint_format, group_size)
     assert (config.sym, config.desc_act) == (symmetric, act_order)
     with safe_open(folder / "expected.safetensors", "pt") as expected:
-        hashes, rows = expected.metadata(), {module: expected.get_tensor(f"{module}.first_rows") for module in expected.metadata()}
+        hashes, rows = (
+            expected.metadata(),
+            {module: expected.get_tensor(f"{module}.first_rows") for module in expected.metadata()},
+        )
     quantized = {name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight")}
     assert quantized and set(hashes) == quantized
     shuffled = 0

@@ -8,9 +8,9 @@ each of a warp's 32 lanes. With ``g = lane // 4`` and ``t = lane % 4``, the word
     output feature    g        g+8      g        g+8      g        g+8      g        g+8
     input feature     2t       2t       2t+8     2t+8     2t+1     2t+1     2t+9     2t+9
 
-so that ``(word >> 4 i) & 0x000f000f`` is register ``i`` of the fragment. Four tiles along K make one 16-byte load a lane,
-512 bytes a warp; four warps cover 64 output features; and the 2 KB of 64 by 64 features follow each other along K, so
-a block that owns 64 output features streams one contiguous range::
+so that ``(word >> 4 i) & 0x000f000f`` is register ``i`` of the fragment. Four tiles along K make one 16-byte load a
+lane, 512 bytes a warp; four warps cover 64 output features; and the 2 KB of 64 by 64 features follow each other along
+K, so a block that owns 64 output features streams one contiguous range::
 
     qweight[N/64][K/64][strip of 16 outputs: 4][lane: 32][tile along K: 4]   int32
     scales [N/64][group][strip: 4][g: 8][half: 2]                            rows g and g + 8 are neighbours
@@ -25,11 +25,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nybble.formats.grouped import QuantizedWeight
 from nybble.runtime.errors import wrong_value
 
-Tensor = torch.Tensor
 TILE = 64
 """Features of K and of N in one contiguous block of the layout."""
 

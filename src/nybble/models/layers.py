@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nybble.formats.tiles import PackedWeight
 from nybble.ops.w4a16.op import w4a16_linear
-
-Tensor = torch.Tensor
 
 
 class W4A16Linear(nn.Module):

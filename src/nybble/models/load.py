@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,7 +34,6 @@ from nybble.models.architectures import HEAD, Architecture, architecture_of
 from nybble.models.layers import W4A16Linear
 from nybble.runtime.errors import CheckpointError, wrong_type, wrong_value
 
-Tensor = torch.Tensor
 Progress = Callable[[int, int], None]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

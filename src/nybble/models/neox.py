@@ -22,7 +22,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -31,8 +31,6 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from nybble.models.norms import attach, count
 from nybble.ops.norm.op import add_dual_layernorm, add_layernorm, layernorm
-
-Tensor = torch.Tensor
 
 # What the fused forward does not call as a module, so that whatever hangs on it would be lost.
 _BYPASSED = ("input_layernorm", "post_attention_layernorm", "post_attention_dropout", "post_mlp_dropout")

@@ -6,21 +6,19 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from nybble.ops.norm.op import layernorm, rmsnorm
 
-Tensor = torch.Tensor
-
 COUNTER = "_nybble_calls"
 """The attribute of a patched module that holds its model's :class:`collections.Counter` of kernel calls."""
 
 
 def count(module: nn.Module, function: str) -> None:
-    """One more call of ``function``. Not inside ``torch.compile``, where a changing number would recompile every call."""
+    """One more call of ``function``. Not under ``torch.compile``: a number that changes would recompile every call."""
     if not torch.compiler.is_compiling():
         module.__dict__[COUNTER][function] += 1
 

@@ -146,13 +146,8 @@ def _swap_norms(model: nn.Module, counter: Counter[str]) -> tuple[Entries, Entri
             else:
                 refused.append((name, reason))
     layers = next((n for n, m in model.named_children() if isinstance(m, nn.ModuleList)), "")
-    kind = type(model).__name__
-    refused.append(
-        (
-            layers,
-            f"residual additions stay separate operations: they are carried across layers for GPT-NeoX, not yet for {kind}",
-        )
-    )
+    reason = f"residual additions stay separate: fused across layers for GPT-NeoX, not yet for {type(model).__name__}"
+    refused.append((layers, reason))
     return replaced, refused
 
 

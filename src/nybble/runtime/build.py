@@ -13,6 +13,7 @@ import json
 import re
 import warnings
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from nybble.runtime import settings, source
@@ -64,9 +65,7 @@ def compile_kernel(kernel: source.Source, arch: str) -> Binary:
 
 
 def _options(arch: str) -> Any:
-    from cuda.core import ProgramOptions
-
-    return ProgramOptions(
+    return import_module("cuda.core").ProgramOptions(
         arch=arch,
         std="c++17",
         lineinfo=True,
@@ -77,11 +76,9 @@ def _options(arch: str) -> Any:
 
 
 def _compile(kernel: source.Source, text: str, options: Any) -> Binary:
-    from cuda.core import Program
-
     log = io.StringIO()
     try:
-        code = Program(text, "c++", options).compile("cubin", logs=log)
+        code = import_module("cuda.core").Program(text, "c++", options).compile("cubin", logs=log)
     except Exception as error:
         report = log.getvalue().strip() or str(error)
         raise CompileError(f"{kernel.label}: {options.arch}: NVRTC refused this kernel:\n{report}") from error

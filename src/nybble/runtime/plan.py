@@ -6,6 +6,7 @@ workspace, so two streams can share one.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,20 +30,17 @@ class Plan:
     __slots__ = ("_configs", "_kernel", "_streams", "device", "shared_bytes", "threads")
 
     def __init__(self, binary: Binary, *, device: int, threads: int, shared_bytes: int = 0) -> None:
-        from cuda.core import ObjectCode
-
         self.device, self.threads, self.shared_bytes = device, threads, shared_bytes
         self._configs: dict[tuple[int, int, int], Any] = {}
         self._streams: dict[int, Any] = {}
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the primary context exists and is current
-            self._kernel = ObjectCode.from_cubin(binary.cubin).get_kernel(binary.entry)
+            self._kernel = import_module("cuda.core").ObjectCode.from_cubin(binary.cubin).get_kernel(binary.entry)
             if shared_bytes > 48 << 10:
                 self._allow_shared(shared_bytes)
 
     def _allow_shared(self, shared_bytes: int) -> None:
-        from cuda.bindings import driver
-
+        driver = import_module("cuda.bindings.driver")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         handle = driver.CUkernel(int(self._kernel.handle))
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, driver.CUdevice(self.device))
@@ -69,28 +67,22 @@ class Plan:
         _launch(stream, config, self._kernel, *arguments)
 
     def _config(self, grid: tuple[int, int, int]) -> Any:
-        from cuda.core import LaunchConfig
-
         if len(self._configs) >= _MAX_KEPT:
             self._configs.clear()
-        config = LaunchConfig(grid=grid, block=self.threads, shmem_size=self.shared_bytes)
+        config = import_module("cuda.core").LaunchConfig(grid=grid, block=self.threads, shmem_size=self.shared_bytes)
         self._configs[grid] = config
         return config
 
     def _stream(self, raw: int) -> Any:
         """The cuda.core stream for a raw handle, kept: building one on every launch adds microseconds."""
-        from cuda.core import Stream
-
         if len(self._streams) >= _MAX_KEPT:
             self._streams.clear()
-        stream = self._streams[raw] = Stream.from_handle(raw)
+        stream = self._streams[raw] = import_module("cuda.core").Stream.from_handle(raw)
         return stream
 
 
 def _launch(*arguments: Any) -> None:
     """Replaced by cuda.core's ``launch`` at the first call, so that importing this module needs no CUDA."""
     global _launch
-    from cuda.core import launch
-
-    _launch = launch
-    launch(*arguments)
+    _launch = import_module("cuda.core").launch
+    _launch(*arguments)

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+from torch import Tensor
 import torch.nn.functional as F
 
 from nybble.bench.peers import Inapplicable, Peer
@@ -13,7 +14,6 @@ from nybble.bench.timing import Call
 from nybble.ops.case import Case
 from nybble.ops.norm.cases import EPS
 
-Tensor = torch.Tensor
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

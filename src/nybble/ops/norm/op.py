@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble.ops.norm import cost
 from nybble.ops.norm.reference import norm
@@ -21,7 +22,6 @@ from nybble.runtime.errors import wrong_type, wrong_value
 from nybble.runtime.plan import Plan
 from nybble.runtime.source import PACKAGE, Source
 
-Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL = PACKAGE / "ops" / "norm" / "norm.cu"
 
@@ -290,7 +290,7 @@ def add_dual_layernorm(
     *,
     variant: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GPT-NeoX's parallel residual: ``h = hidden + attn + mlp``, then two LayerNorms of ``h`` from one set of statistics.
+    """GPT-NeoX's parallel residual: ``h = hidden + attn + mlp``, then two LayerNorms of ``h`` that share statistics.
 
     Args:
         hidden, attn, mlp: ``[..., hidden]``, one shape and dtype: a layer's input and its two branches.
@@ -299,6 +299,7 @@ def add_dual_layernorm(
         eps, variant: as :func:`layernorm`.
 
     Returns:
-        ``(normed1, normed2, h)``, each ``[..., hidden]``; ``h`` is rounded for the caller, the norms are of the fp32 sum.
+        ``(normed1, normed2, h)``, each ``[..., hidden]``; ``h`` is rounded for the caller, the norms are of the
+        unrounded sum.
     """
     return _add_dual_layernorm(hidden, attn, mlp, w1, b1, w2, b2, eps, variant)

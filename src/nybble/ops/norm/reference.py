@@ -7,8 +7,7 @@ row at mean 1e4 with deviation 1 keeps every digit that its inputs have.
 from __future__ import annotations
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 def standardize(h: Tensor, eps: float, rms: bool) -> Tensor:

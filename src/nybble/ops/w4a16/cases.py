@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from nybble.formats.grouped import QuantizedWeight
 from nybble.formats.tiles import PackedWeight
@@ -15,7 +16,6 @@ from nybble.runtime.choice import Choice
 from nybble.runtime.hardware import H200, Hardware
 from nybble.runtime.source import Source
 
-Tensor = torch.Tensor
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half a unit in the last place, relative."""
 
@@ -44,7 +44,7 @@ class W4A16Case(Case):
     bias: bool = False
     scale_dtype: torch.dtype | None = None
     op: ClassVar[str] = "w4a16"
-    function: ClassVar[str] = "w4a16_linear"
+    function: str = field(default="w4a16_linear", init=False)
 
     def shape(self) -> dict[str, int]:
         return {"m": self.m, "n": self.n, "k": self.k, "group_size": self.group_size}

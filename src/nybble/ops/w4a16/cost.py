@@ -11,9 +11,10 @@ from nybble.runtime.choice import choose as pick
 from nybble.runtime.hardware import Hardware
 
 HALF = (torch.float16, torch.bfloat16)
-TILES: tuple[tuple[int, int], ...] = ((8, 8), (16, 4), (32, 4), (64, 2))
+TILES: tuple[tuple[int, int], ...] = ((8, 8), (16, 4), (32, 2), (64, 2))
 """(TILE_M, SLICES) of mma.cu. More slices keep more weights in flight, fewer leave registers for more rows: at
-TILE_M 16, or with act-order's gather, eight slices (64 registers a thread) spill, four do not."""
+TILE_M 16, or with act-order's gather, eight slices (64 registers a thread) spill, four do not; at TILE_M 32 and
+group_size 32 four (128 registers) spill, two do not."""
 LAUNCH_US = 1.2
 """The smallest useful kernel as a node of a CUDA graph on an H200."""
 

@@ -43,7 +43,7 @@ constexpr int MOST = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
 constexpr int BYTES = MOST > Y_BYTES ? MOST : Y_BYTES;
 static_assert(BYTES <= 48 * 1024, "the tile must fit the 48 KB that need no special launch");
 
-extern "C" __global__ void __launch_bounds__(128 * SLICES)
+extern "C" __global__ void __launch_bounds__(128 * SLICES, 1)
 mma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* __restrict__ scales,
            const unsigned char* __restrict__ qzeros, const int* __restrict__ perm, const X* __restrict__ bias,
            X* __restrict__ y, long long rows) {

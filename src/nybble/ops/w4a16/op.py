@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble.formats.tiles import PackedWeight, packed_groups, tiles
 from nybble.ops.register import register
@@ -16,7 +17,6 @@ from nybble.runtime.errors import wrong_type, wrong_value
 from nybble.runtime.plan import Plan
 from nybble.runtime.source import PACKAGE, Source
 
-Tensor = torch.Tensor
 FUNCTION = "w4a16_linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL = PACKAGE / "ops" / "w4a16" / "mma.cu"
@@ -211,7 +211,7 @@ _w4a16 = register(
 def w4a16_linear(x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, variant: str = "auto") -> Tensor:
     """4-bit linear layer: ``y = x @ W (+ bias)``.
 
-    ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])``, with ``g = k // group_size`` or, under act-order, ``g_idx[k]``.
+    ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])`` with ``g = k // group_size``, or ``g_idx[k]`` with act-order.
 
     Args:
         x: ``[..., K]``, float16 or bfloat16 (float32 runs the reference). Any leading shape, zero rows included.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nybble.formats.tiles import unpack_scales, unpack_values, unpack_zeros
-
-Tensor = torch.Tensor
 
 
 def dequantize(
