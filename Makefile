@@ -20,11 +20,9 @@ GPU_SETUP := $(STAMP)
 else
 GPU_PY    := $(PYTHON)
 GPU_SETUP :=
-test-gpu sanitize bench: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
+test-gpu sanitize bench: export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 SANITIZER ?= $(or $(shell command -v compute-sanitizer),$(wildcard /usr/local/cuda/bin/compute-sanitizer),compute-sanitizer)
-
-PROMPT ?= def read_lines(path):
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test docs gate snapshot lint format types hooks test-gpu sanitize bench clean
@@ -58,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## write text with the demo model, then its perplexity, fused and unfused
-	$(NYBBLE) generate --prompt "$(PROMPT)" --max-tokens 120
+	$(NYBBLE) generate
 	$(NYBBLE) ppl
 
 test: $(STAMP)  ## all tests that need no GPU
@@ -94,7 +92,7 @@ sanitize: $(GPU_SETUP)  ## compute-sanitizer over the kernels: memcheck, then ra
 	$(SANITIZER) --tool memcheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitize.py
 	$(SANITIZER) --tool racecheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitize.py
 
-bench: $(GPU_SETUP)  ## time every operation against its peers and append the rows to results/<gpu>/
+bench: $(GPU_SETUP)  ## time the operations against their peers (ARGS="w4a16 --save" keeps the rows)
 	$(GPU_PY) -m nybble bench run $(ARGS)
 
 clean:  ## remove .venv, caches and build products

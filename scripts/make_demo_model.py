@@ -533,7 +533,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=512)
     parser.add_argument("--length", type=int, default=256, help="tokens in a training row")
     parser.add_argument("--batch", type=int, default=16, help="rows in a step")
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--log-every", type=int, default=50)

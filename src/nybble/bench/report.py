@@ -39,7 +39,7 @@ KEYS = (
     "when",
 )
 """The keys of every row, in their order. A row of a case that asks for more than shape and dtype (act-order, zero
-points, a bias) has the key ``options`` too."""
+points, a bias) has the key ``options`` too, and one of a call no graph could hold ``how`` (``"events"``)."""
 
 
 class Stamp(NamedTuple):
@@ -114,7 +114,11 @@ def row(measurement: Measurement, at: Stamp) -> dict[str, Any]:
         **at._asdict(),
     }
     ordered = {key: values[key] for key in KEYS}
-    return ordered | ({"options": options(case)} if options(case) else {})
+    if options(case):
+        ordered["options"] = options(case)
+    if timing.how == "events":
+        ordered["how"] = timing.how
+    return ordered
 
 
 def _rounded(value: float | None) -> float | None:

@@ -23,9 +23,10 @@ class Ceilings(NamedTuple):
     half_tflops: float
 
 
-def measure(device: torch.device, *, bytes_read: int = 4 << 30, side: int = 8192, repeats: int = 20) -> Ceilings:
-    """Measure both on a CUDA device. Takes under a second."""
+def measure(device: torch.device, *, side: int = 8192, repeats: int = 20) -> Ceilings:
+    """Measure both on a CUDA device. Takes about a second."""
     with torch.cuda.device(device), torch.inference_mode():
+        bytes_read = min(4 << 30, torch.cuda.mem_get_info()[0] // 4)
         data = torch.randn(bytes_read // 4, dtype=torch.float32, device=device)
         read_us = _median_us(lambda: data.sum(), repeats)
         del data

@@ -60,10 +60,14 @@ def options(case: Case) -> dict[str, Any]:
     """What a case asks for beyond its shape and dtype, where it is not the default: ``{"act_order": True}``."""
     fields = getattr(type(case), "__dataclass_fields__", {})
     named = {"function", "dtype", *case.shape()}
-    return {
+    changed = {
         name: getattr(case, name)
         for name, field in fields.items()
         if name not in named and getattr(case, name) != field.default
+    }
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in changed.items()
     }
 
 
@@ -151,6 +155,9 @@ def bench_case(
             l2_bytes=hardware.l2_bytes if hardware is not None else 0,
             rounds=rounds,
         )
+    for (measurement, _), timing in zip(right, timings, strict=True):
+        if isinstance(timing, Timing) and timing.how == "events":
+            note(f"{measurement.provider}/{measurement.variant}: can't be captured; timed with the host's gaps in it")
     results = iter(timings)
     done = [entry if isinstance(entry, Measurement) else _timed(entry[0], next(results)) for entry in checked]
     del inputs, checked, right

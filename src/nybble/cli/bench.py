@@ -204,8 +204,9 @@ def _measure(
     def note(text: str) -> None:
         notes[text] = notes.get(text, 0) + 1
 
-    shown = track(cases, description=cases[0].op if cases else "", console=stderr(), transient=True, disable=hidden)
-    for case in shown:
+    console = stderr()
+    description, disable = cases[0].op if cases else "", hidden or not console.is_terminal
+    for case in track(cases, description=description, console=console, transient=True, disable=disable):
         rounds = 8 if quick else 30
         yield bench_case(case, device=where, hardware=hardware, peers=peers, rounds=rounds, note=note)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -68,7 +67,7 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_BAD_INPUT
     if isinstance(error, OSError):
         return EXIT_BAD_INPUT if isinstance(error, (FileNotFoundError, NotADirectoryError)) else EXIT_FAILED
-    if type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, FloatingPointError) or type(error).__name__ == "OutOfMemoryError":
         return EXIT_FAILED
     return None
 
@@ -106,18 +105,22 @@ def new_app(text: str) -> typer.Typer:
     return new
 
 
+PIPE_COLUMNS = 140
+"""How wide tables are where the output is no terminal: a file has no width, and 80 columns would fold them."""
+
+
 def stdout() -> Console:
     """The console of what a command makes."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 
 
 def stderr() -> Console:
     """The console of progress, summaries and warnings."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_COLUMNS)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -134,29 +137,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return value
-
-
-def status(console: Console, text: str) -> AbstractContextManager[Any]:
-    """A spinner while something takes long; on a console that is no terminal, nothing."""
-    return console.status(text)
-
-
-def quiet_libraries() -> None:
-    """Keep transformers' progress bars and advice out of a command's output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def demo_model() -> str:
-    """The folder of the model that comes with Nybble."""
-    from pathlib import Path
-
-    import nybble
-
-    return str(Path(nybble.__file__).parent / "assets" / "demo")
 
 
 def device_of(name: str) -> Any:

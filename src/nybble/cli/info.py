@@ -27,7 +27,7 @@ def info(json: bool = typer.Option(False, "--json", help="Print one JSON object 
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, version in facts["versions"].items():
-        table.add_row(name, version or "not installed")
+        table.add_row(name, version or "none")
     for gpu in facts["gpus"]:
         memory = f"{gpu['memory_gib']:.0f} GiB, {gpu['sms']} SMs, compute {gpu['capability']}"
         table.add_row(f"GPU {gpu['index']}", f"{gpu['name']}: {memory}")
@@ -103,7 +103,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _operations() -> dict[str, dict[str, str]]:
-    """For each operation and function, what runs on this machine: the pick for its first bench case, and refusals."""
+    """For each operation and function, what can run its first case on this machine, and what is refused."""
     from nybble.ops import OPERATIONS
     from nybble.runtime.errors import UnsupportedError
     from nybble.runtime.hardware import current
@@ -112,7 +112,8 @@ def _operations() -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for op in OPERATIONS:
         lines = found[op] = {}
-        for case in importlib.import_module(f"nybble.ops.{op}.cases").BENCH:
+        module = importlib.import_module(f"nybble.ops.{op}.cases")
+        for case in (*module.BENCH, *module.SMALL):
             if case.function in lines:
                 continue
             if card is None:

@@ -311,17 +311,14 @@ def perplexity(
 
 def _ids(op: str, ids: Ids) -> Tensor:
     """int64 ``[tokens]``."""
-    if isinstance(ids, Tensor):
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise wrong_type(op, "ids", "int64 or int32", ids.dtype)
-        if not (ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)):
-            raise wrong_value(op, "ids", "shape [tokens] or [1, tokens]", list(ids.shape), "One text at a time.")
-        flat = ids.reshape(-1).long()
-    else:
-        flat = torch.tensor(list(ids), dtype=torch.int64)
-    if len(flat) == 0:
+    tensor: Tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise wrong_type(op, "ids", "int64 or int32", tensor.dtype)
+    if not (tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[0] == 1)):
+        raise wrong_value(op, "ids", "shape [tokens] or [1, tokens]", list(tensor.shape), "One text at a time.")
+    if tensor.numel() == 0:
         raise wrong_value(op, "ids", "at least one token", 0)
-    return flat
+    return tensor.reshape(-1).long()
 
 
 def _device(model: PreTrainedModel) -> torch.device:

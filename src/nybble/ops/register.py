@@ -65,8 +65,14 @@ def register(
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _needs_gradient(arguments):
             return operator(*arguments)
-        with _BELOW_AUTOGRAD():
-            return operator(*arguments)
+        try:
+            with _BELOW_AUTOGRAD():
+                return operator(*arguments)
+        except RuntimeError as error:
+            # The dispatcher's own word for an argument that is no tensor or number; a TypeError everywhere else.
+            if "Expected a value of type" in str(error):
+                raise TypeError(str(error)) from None
+            raise
 
     return call
 

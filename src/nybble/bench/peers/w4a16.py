@@ -1,4 +1,4 @@
-"""Peers of the 4-bit linear: cuBLAS on the dequantised weight, PyTorch's int4 matmul, GemLite, vLLM's Marlin, Machete.
+"""Peers of the 4-bit linear: the weight in 16 bits (cuBLAS), PyTorch's int4 matmul, GemLite, vLLM's Marlin and Machete.
 
 Each gets the same quantised weight in its own layout. Where a layout can't hold the zero points or the activation
 order exactly, the peer is left out with that reason rather than timed on another weight.
@@ -33,7 +33,7 @@ def _with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def _cublas(case: Case, inputs: Any) -> Call:
+def _dense(case: Case, inputs: Any) -> Call:
     x, weight, bias = _parts(inputs)
     return Call(F.linear, (x, weight.dequantize(x.dtype).t().contiguous(), bias))
 
@@ -191,7 +191,7 @@ def _machete(case: Case, inputs: Any) -> Call:
 
 
 PEERS = (
-    Peer("torch", "cublas", "torch", _cublas),
+    Peer("torch", "dense", "torch", _dense),
     Peer("torch", "int4pack", "torch", _int4pack),
     Peer("gemlite", "triton", "gemlite", _gemlite),
     Peer("vllm", "marlin", "vllm", _marlin),

@@ -97,7 +97,8 @@ class NormCase(Case):
         size = torch.stack(wide).abs().sum(0)
         sum_rounding = (self.form.addends - 1) * 2.0**-24 * size
         h = torch.stack(wide).sum(0)
-        spread = h.square().mean(-1, keepdim=True) if self.form.rms else h.var(-1, keepdim=True, unbiased=False)
+        centred = h if self.form.rms else h - h.mean(-1, keepdim=True)
+        spread = centred.square().mean(-1, keepdim=True)
         gain = max(float(inputs[w].double().abs().max()) for w, _ in self.pairs)
         amplified = sum_rounding.amax(-1, keepdim=True) * gain / (spread + EPS).sqrt()
         unit, tiny = ROUNDING[self.dtype], TINY[self.dtype]

@@ -76,10 +76,10 @@ def check(
 
 def _on_cpu(function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...], eps: float) -> Any:
     form = cost.FORMS[function]
-    pairs = tuple((vectors[i], vectors[i + 1]) for i in range(0, len(vectors), 2))
+    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
     after = rows[-1] if form.after else None
-    outputs = norm(rows[: form.addends], pairs, after, eps, rms=form.rms)  # type: ignore[arg-type]
-    outputs = tuple(y.contiguous() for y in outputs[: form.norms + form.store_sum])
+    addends = [tensor.contiguous() for tensor in rows[: form.addends]]  # one order of summation whatever the strides
+    outputs = norm(addends, pairs, after, eps, rms=form.rms)[: form.norms + form.store_sum]  # type: ignore[arg-type]
     return outputs if len(outputs) > 1 else outputs[0]
 
 

@@ -6,6 +6,8 @@ row at mean 1e4 with deviation 1 keeps every digit that its inputs have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def standardize(h: Tensor, eps: float, rms: bool) -> Tensor:
 
 
 def norm(
-    addends: tuple[Tensor, ...],
-    weights: tuple[tuple[Tensor, Tensor | None], ...],
+    addends: Sequence[Tensor],
+    weights: Sequence[tuple[Tensor, Tensor | None]],
     after: Tensor | None,
     eps: float,
     *,

@@ -46,11 +46,11 @@ class Spec(NamedTuple):
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
     weight_bytes = spec.n * spec.k // 2
-    # Dequantising writes and reads fp32, about 20 bytes a weight in all.
-    read = (hardware.read_tbps or 1.0) if hardware else 0.02
-    reference = Candidate(
-        "reference", (), 40.0 + 40 * weight_bytes / (read * 1e6), "PyTorch: dequantise, then multiply in fp32"
-    )
+    flops = 2 * spec.m * spec.n * spec.k
+    # Dequantising writes and reads fp32, about 20 bytes a weight in all; the product is fp32 on CUDA cores.
+    read, single = ((hardware.read_tbps or 1.0), 50.0) if hardware else (0.02, 0.1)
+    us = 40.0 + 40 * weight_bytes / (read * 1e6) + flops / (single * 1e6)
+    reference = Candidate("reference", (), us, "PyTorch: dequantise, then multiply in fp32")
     if hardware is None:
         return [Candidate("mma", (), None, "no CUDA device", refused=True), reference]
     if hardware.capability < (8, 0):
@@ -64,7 +64,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     # Each tile of rows reads the weights again, from L2 at best; the tensor cores reach about a third of their rate.
     passes = -(-spec.m // tile)
     memory = weight_bytes / (read * 1e6) * (1 + 0.3 * (passes - 1))
-    maths = 2 * spec.m * spec.n * spec.k / ((hardware.half_tflops or 300.0) * 0.3 * 1e6)
+    maths = flops / ((hardware.half_tflops or 300.0) * 0.3 * 1e6)
     reason = f"{tile} rows x 64 features a block, {slices} slices along K"
     config = (("TILE_M", tile), ("SLICES", slices))
     return [Candidate("mma", config, LAUNCH_US + max(1.6 * memory, maths), reason), reference]

@@ -1,0 +1,134 @@
+"""``nybble generate``: text from a model, as it comes, and how fast it came."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from nybble.cli.console import print_json, stderr
+from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, assets, described, load_model
+
+if TYPE_CHECKING:
+    from nybble.models.generate import Timing
+    from nybble.models.patch import Report
+
+PROMPT = "def read_lines(path):"
+
+
+def generate(
+    model: Path = MODEL,
+    prompt: str = typer.Option(PROMPT, help="The text to continue."),
+    max_tokens: int = typer.Option(100, min=0, help="Stop after as many new tokens."),
+    sample: bool = typer.Option(False, "--sample/--greedy", help="Draw tokens, or take the likeliest every time."),
+    temperature: float = typer.Option(0.8, min=0.0, help="--sample: below 1 prefers likely tokens, above 1 levels them."),
+    top_k: int = typer.Option(50, min=0, help="--sample: among the K likeliest; 0 for all."),
+    top_p: float = typer.Option(0.95, min=0.0, max=1.0, help="--sample: among the likeliest that reach P together."),
+    seed: int = typer.Option(0, help="--sample: the same seed draws the same tokens."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    fuse: bool = typer.Option(True, help="Run the fused operations, or the model as transformers has it."),
+    stream: bool = typer.Option(True, help="Print text as it comes, or all at the end."),
+    json: bool = JSON,
+) -> None:
+    """Continue a prompt. The text goes to stdout, the speed to stderr."""
+    folder = model or assets()
+    loaded, tokenizer = load_model(folder, device, dtype, hidden=json)
+    from nybble.models.generate import generate_tokens, stream_text
+
+    report = _fused(loaded) if fuse else None
+    ids = tokenizer(prompt)["input_ids"] or [i for i in [tokenizer.bos_token_id] if i is not None]
+    tokens = generate_tokens(
+        loaded,
+        ids,
+        max_new_tokens=max_tokens,
+        temperature=temperature if sample else 0.0,
+        top_k=top_k or None if sample else None,
+        top_p=top_p if sample else None,
+        seed=seed,
+        eos=_ends(loaded, tokenizer),
+    )
+    new: list[int] = []
+    pieces: list[str] = []
+    live = stream and not json
+    if live:
+        _write(prompt)
+    for piece in stream_text(tokenizer, _kept(tokens, new), ids):
+        pieces.append(piece)
+        if live:
+            _write(piece)
+    text = "".join(pieces)
+    if json:
+        facts = {"model": str(folder), **described(loaded), "fused": fuse, "prompt": prompt, "text": text, "tokens": new}
+        chosen = {"sample": sample, "seed": seed if sample else None, "stopped_by": tokens.stopped_by}
+        print_json({**facts, **chosen, **_speed(tokens.timing), **_fusion(report)})
+        return
+    _write("\n" if live else f"{prompt}{text}\n")
+    _summary(tokens.timing, report, described(loaded))
+
+
+def _fused(loaded: Any) -> Report:
+    from nybble.models.patch import fuse
+
+    return fuse(loaded)
+
+
+def _ends(loaded: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of the generation config, or else the tokenizer's."""
+    named = getattr(loaded.generation_config, "eos_token_id", None)
+    named = tokenizer.eos_token_id if named is None else named
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
+
+
+def _kept(tokens: Any, into: list[int]) -> Any:
+    for token in tokens:
+        into.append(token)
+        yield token
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed(timing: Timing) -> dict[str, Any]:
+    return {
+        "prompt_tokens": timing.prompt_tokens,
+        "prompt_seconds": timing.prompt_seconds,
+        "prompt_tokens_per_s": timing.prompt_rate,
+        "decode_tokens": timing.decode_tokens,
+        "decode_seconds": timing.decode_seconds,
+        "decode_tokens_per_s": timing.decode_rate,
+        "tpot_ms": timing.tpot_ms,
+    }
+
+
+def _fusion(report: Report | None) -> dict[str, Any]:
+    if report is None:
+        return {"replaced": [], "refused": [], "kernel_calls": {}}
+    return {
+        "replaced": [list(entry) for entry in report.replaced],
+        "refused": [list(entry) for entry in report.refused],
+        "kernel_calls": report.calls(),
+    }
+
+
+def _summary(timing: Timing, report: Report | None, where: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("prompt", f"{timing.prompt_tokens} tokens, {timing.prompt_rate:.1f} tokens/s")
+    if timing.decode_tokens:
+        speed = f"{timing.decode_rate:.1f} tokens/s, {timing.tpot_ms:.2f} ms a token (TPOT)"
+        table.add_row("decode", f"{timing.decode_tokens} tokens, {speed}")
+    calls = report.calls() if report is not None else {}
+    counted = ", ".join(f"{name} {count}" for name, count in sorted(calls.items()))
+    table.add_row("fused calls", f"{sum(calls.values())} ({counted})" if calls else "none")
+    table.add_row("on", f"{where['device']}, {where['dtype']}")
+    console = stderr()
+    console.print()
+    console.print(table)

@@ -1,0 +1,38 @@
+"""One launch of every kind of specialisation, small, and checked: the program that compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checks import check_case  # noqa: E402
+
+from nybble.ops.case import Case  # noqa: E402
+from nybble.ops.norm.cases import FUNCTIONS, NormCase  # noqa: E402
+from nybble.ops.w4a16.cases import W4A16Case  # noqa: E402
+
+CASES: tuple[tuple[Case, str], ...] = (
+    *((NormCase(f, 3, hidden, torch.float16), "cuda") for f in FUNCTIONS for hidden in (72, 2561, 8192)),
+    *((NormCase(f, 2, 65536, torch.float32), "cuda") for f in ("add_dual_layernorm", "rmsnorm")),
+    *((W4A16Case(m, 136, 520, 64), "mma") for m in (1, 9, 17, 33, 70)),
+    *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "mma") for m in (1, 9, 17, 33, 70)),
+)
+
+
+def main() -> None:
+    for case, variant in CASES:
+        check_case(case, "cuda", variant=variant)
+    torch.cuda.synchronize()
+    print(f"{len(CASES)} cases right")
+
+
+if __name__ == "__main__":
+    main()

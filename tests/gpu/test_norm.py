@@ -1,0 +1,80 @@
+"""The norm kernels on a GPU against float64, over shapes, dtypes, strides and extreme values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import check_case
+
+import nybble
+from nybble.ops.norm.cases import DTYPES, FUNCTIONS, NormCase
+
+SHAPES = [
+    (1, 1), (4, 8), (3, 33), (5, 64), (7, 768), (1, 2560), (9, 2561), (300, 4096), (2, 5120), (3, 8192),
+    (2, 20001), (2, 32768), (2, 65536), (0, 2560),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("rows", "hidden"), SHAPES)
+def test_matches_float64(function: str, rows: int, hidden: int, dtype: torch.dtype) -> None:
+    check_case(NormCase(function, rows, hidden, dtype), "cuda", variant="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [4096, 65536])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_large_mean_keeps_its_digits(function: str, hidden: int, dtype: torch.dtype) -> None:
+    check_case(NormCase(function, 4, hidden, dtype, mean=1e4), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_unaligned_inputs(dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(2, 2560, device="cuda").to(dtype)
+    strided = torch.randn(6, 2, 2 * 2560, device="cuda").to(dtype)[:, 0, ::2]
+    unaligned = torch.randn(6 * 2560 + 1, device="cuda").to(dtype)[1:].view(6, 2560)
+    for x in (strided, unaligned):
+        got = nybble.layernorm(x, weight, bias)
+        assert got.is_contiguous()
+        want = torch.nn.functional.layer_norm(x.double(), (2560,), weight.double(), bias.double())
+        unit = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+        assert ((got.double() - want).abs() <= unit * want.abs() + 1e-6 * want.abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [100, 2560, 65536])
+def test_extreme_values_stay_in_their_row(hidden: int, dtype: torch.dtype) -> None:
+    weight = torch.ones(hidden, device="cuda", dtype=dtype)
+    x = torch.randn(6, hidden, device="cuda").to(dtype)
+    clean, _ = nybble.add_rmsnorm(x, torch.zeros_like(x), weight)
+    x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 0.0
+    x[4] = 65504.0
+    normed, h = nybble.add_rmsnorm(x, torch.zeros_like(x), weight)
+    layer = nybble.layernorm(x, weight)
+    assert torch.equal(normed[[0, 5]], clean[[0, 5]])
+    assert torch.equal(h[[0, 3, 4, 5]], x[[0, 3, 4, 5]])
+    assert normed[1].isnan().all()
+    assert layer[1].isnan().all()
+    assert layer[2].isnan().all()
+    assert (normed[3] == 0).all()
+    assert (layer[3] == 0).all()
+    assert (normed[4] == 1).all()
+    assert (layer[4] == 0).all()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_opcheck(function: str) -> None:
+    case = NormCase(function, 3, 48, torch.float16)
+    operator = getattr(torch.ops.nybble, function).default
+    torch.library.opcheck(operator, (*case.make("cuda").values(), 1e-5, "auto"))
+
+
+def test_same_errors_as_on_a_cpu() -> None:
+    x = torch.zeros(2, 8, device="cuda")
+    with pytest.raises(ValueError, match=r"weight: expected device cuda:0, that of x, got cpu"):
+        nybble.layernorm(x, torch.ones(8))
+    with pytest.raises(ValueError, match=r"variant: expected 'auto' or one of \['cuda', 'reference'\], got 'fast'"):
+        nybble.layernorm(x, torch.ones(8, device="cuda"), variant="fast")
+    with pytest.raises(RuntimeError, match="has no backward"):
+        nybble.layernorm(x, torch.ones(8, device="cuda", requires_grad=True)).sum().backward()

@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, StaticCache
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXModel
+
+import nybble
+
+MakeModel = Callable[..., PreTrainedModel]
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
+
+RESIDUALS = pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])
+ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def neox(make_model: MakeModel, *, parallel: bool = True, attention: str = "sdpa") -> PreTrainedModel:
+    return make_model("gpt_neox", use_parallel_residual=parallel, attn_implementation=attention)
+
+
+def calls_per_forward(layers: int, *, parallel: bool) -> dict[str, int]:
+    if parallel:
+        return {"layernorm": 2, "add_dual_layernorm": layers - 1, "add_layernorm": 1}
+    return {"layernorm": 1, "add_layernorm": 2 * layers}
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@RESIDUALS
+@ATTENTION
+def test_logits_of_a_prompt_agree_and_the_fused_path_ran(
+    make_model: MakeModel, ids: torch.Tensor, parallel: bool, attention: str
+) -> None:
+    model = neox(make_model, parallel=parallel, attention=attention)
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    got = model(ids).logits
+    close(got, expected)
+    assert expected.std() > 0.1  # else any two would agree
+    assert report.calls() == calls_per_forward(3, parallel=parallel)
+    assert [name for name, _ in report.replaced] == [
+        *(f"gpt_neox.layers.{i}" for i in range(3)),
+        "gpt_neox.final_layer_norm",
+    ]
+    assert report.refused == []
+
+
+@RESIDUALS
+@ATTENTION
+def test_left_padding(make_model: MakeModel, ids: torch.Tensor, parallel: bool, attention: str) -> None:
+    model = neox(make_model, parallel=parallel, attention=attention)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert (expected[0] - model(ids).logits[0]).abs().max() > 1e-2  # the mask matters
+    nybble.fuse(model)
+    got = model(ids, attention_mask=mask, position_ids=positions).logits
+    close(got[mask.bool()], expected[mask.bool()])
+
+
+@RESIDUALS
+@ATTENTION
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_decode_with_a_cache(
+    make_model: MakeModel, ids: torch.Tensor, parallel: bool, attention: str, static: bool
+) -> None:
+    model = neox(make_model, parallel=parallel, attention=attention)
+
+    def decode() -> torch.Tensor:
+        cache: Any = StaticCache(config=model.config, max_cache_len=32) if static else None
+        out = model(ids[:, :6], past_key_values=cache, use_cache=True)
+        steps = [out.logits]
+        for i in range(6, ids.shape[1]):
+            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+        return torch.cat(steps, 1)
+
+    expected, whole = decode(), model(ids).logits
+    report = nybble.fuse(model)
+    got = decode()
+    close(got, expected)
+    close(got, whole)
+    assert report.calls() == {k: 6 * v for k, v in calls_per_forward(3, parallel=parallel).items()}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_the_same_tokens(make_model: MakeModel, ids: torch.Tensor, cache: str) -> None:
+    model = neox(make_model)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    kind = {"cache_implementation": "static"} if cache == "static" else {}
+    arguments: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, **kind)
+    expected = model.generate(ids, **arguments)  # type: ignore[operator]
+    report = nybble.fuse(model)
+    assert torch.equal(model.generate(ids, **arguments), expected)  # type: ignore[operator]
+    assert report.calls() == {k: 8 * v for k, v in calls_per_forward(3, parallel=True).items()}
+
+
+def test_inputs_embeds_and_tuple_output(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    embeds = model.get_input_embeddings()(ids)
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    close(model(inputs_embeds=embeds).logits, expected)
+    assert report.calls() == calls_per_forward(3, parallel=True)
+    close(model(ids, return_dict=False)[0], expected)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeds)
+
+
+@RESIDUALS
+def test_half_precision_stays_close(make_model: MakeModel, ids: torch.Tensor, parallel: bool) -> None:
+    model = neox(make_model, parallel=parallel)
+    exact = model(ids).logits
+    model.bfloat16()
+    error = (model(ids).logits.float() - exact).abs().mean()
+    report = nybble.fuse(model)
+    assert (model(ids).logits.float() - exact).abs().mean() < 1.2 * error
+    assert report.calls() == calls_per_forward(3, parallel=parallel)
+
+
+# ------------------------------------------------------------------------------------------------ when to step aside
+
+
+def test_output_hidden_states_and_attentions_come_from_the_original(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model, attention="eager")
+    expected = model(ids, output_hidden_states=True, output_attentions=True)
+    report = nybble.fuse(model)
+    got = model(ids, output_hidden_states=True, output_attentions=True)
+    assert len(got.hidden_states) == 4 and len(got.attentions) == 3
+    for mine, theirs in zip(got.hidden_states + got.attentions, expected.hidden_states + expected.attentions):
+        assert torch.equal(mine, theirs)
+    assert report.calls() == {}
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == 4
+    model.config.output_hidden_states = False
+    model(ids)  # the capturing hooks that transformers left on the layers don't keep the fused path away
+    assert report.calls() == calls_per_forward(3, parallel=True)
+
+
+@pytest.mark.parametrize("where", ["", ".input_layernorm", ".post_attention_layernorm", ".post_attention_dropout"])
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_hooks_on_a_layer_run(make_model: MakeModel, ids: torch.Tensor, where: str, kind: str) -> None:
+    model = neox(make_model)
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    seen: list[torch.Tensor] = []
+    module = model.get_submodule(f"gpt_neox.layers.1{where}")
+    if kind == "forward":
+        handle = module.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    else:
+        handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    assert torch.equal(model(ids).logits, expected)
+    assert len(seen) == 1 and report.calls() == {}
+    handle.remove()
+    close(model(ids).logits, expected)
+    assert len(seen) == 1 and report.calls() == calls_per_forward(3, parallel=True)
+
+
+def test_hooks_inside_a_layer_run_on_the_fused_path(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    report, seen = nybble.fuse(model), []
+    model.get_submodule("gpt_neox.layers.1.mlp").register_forward_hook(lambda *_: seen.append(1))
+    model(ids)
+    assert seen == [1] and report.calls() == calls_per_forward(3, parallel=True)
+
+
+@RESIDUALS
+def test_training_gives_gradients(make_model: MakeModel, ids: torch.Tensor, parallel: bool) -> None:
+    model = neox(make_model, parallel=parallel)
+    report = nybble.fuse(model)
+    model.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    weight = model.get_submodule("gpt_neox.layers.1.input_layernorm").weight
+    assert isinstance(weight, nn.Parameter) and weight.grad is not None and weight.grad.abs().sum() > 0
+    assert report.calls() == {}
+    with torch.no_grad():
+        model(ids)
+    assert report.calls() == calls_per_forward(3, parallel=parallel)
+    model.requires_grad_(False).train()
+    model(ids)
+    assert report.calls() == calls_per_forward(3, parallel=parallel)
+
+
+def test_a_gradient_to_the_input_alone(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    report = nybble.fuse(model)
+    embeds = model.get_input_embeddings()(ids).requires_grad_()
+    model(inputs_embeds=embeds).logits.sum().backward()
+    assert embeds.grad is not None and report.calls() == {}
+
+
+@pytest.mark.parametrize("where", ["layers.1", "layers.1.post_mlp_dropout"])
+def test_dropout_turned_on_in_one_place(make_model: MakeModel, ids: torch.Tensor, where: str) -> None:
+    model = make_model("gpt_neox", hidden_dropout=0.5)
+    report = nybble.fuse(model)
+    model.get_submodule(f"gpt_neox.{where}").train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert report.calls() == {}
+
+
+def test_autocast_takes_the_original(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    report = nybble.fuse(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert report.calls() == {}
+
+
+def test_a_norm_changed_afterwards_takes_the_original(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    report = nybble.fuse(model)
+    model.gpt_neox.layers[2].input_layernorm = nn.Identity()  # type: ignore[union-attr, index]
+    got = model(ids).logits
+    report.undo()
+    assert torch.equal(got, model(ids).logits) and report.calls() == {}
+
+
+# ---------------------------------------------------------------------------------------------------- what it leaves
+
+
+def state(model: nn.Module) -> list[tuple[str, type, list[str]]]:
+    return [(name, type(module), sorted(module.__dict__)) for name, module in model.named_modules()]
+
+
+KINDS = pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen2", "qwen3", "gpt2"])
+
+
+@KINDS
+def test_undo_restores_exactly(make_model: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    model = make_model(kind)
+    before, names, logits = state(model), list(model.state_dict()), model(ids).logits
+    report = nybble.fuse(model)
+    assert state(model) != before
+    assert list(model.state_dict()) == names
+    model(ids)
+    calls = report.calls()
+    assert calls
+    report.undo()
+    assert state(model) == before
+    assert torch.equal(model(ids).logits, logits)
+    assert report.calls() == calls
+    report.undo()
+    assert state(model) == before
+
+
+@KINDS
+def test_another_model_of_the_class_is_untouched(make_model: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    model, other = make_model(kind), make_model(kind)
+    before = state(other)
+    report = nybble.fuse(model)
+    other(ids)
+    assert state(other) == before and report.calls() == {}
+    assert state(make_model(kind)) == before
+
+
+@KINDS
+def test_deepcopy_is_fused_and_independent(make_model: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    model = make_model(kind)
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # a twin bound to the original would see it
+    close(twin(ids).logits, expected)
+    assert report.calls() == {}
+    report.undo()
+    second = nybble.fuse(twin)
+    assert second.already_fused and second.calls()
+    second.undo()
+    assert state(twin) == state(make_model(kind))
+
+
+@KINDS
+def test_pickle(make_model: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    model = make_model(kind)
+    expected = model(ids).logits
+    nybble.fuse(model)
+    close(pickle.loads(pickle.dumps(model))(ids).logits, expected)
+
+
+@KINDS
+def test_fusing_twice_changes_nothing(make_model: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    model = make_model(kind)
+    first = nybble.fuse(model)
+    after = state(model)
+    second = nybble.fuse(model)
+    assert state(model) == after
+    assert second.already_fused and not first.already_fused
+    assert second.replaced == [] and "already fused" in str(second)
+    model(ids)
+    assert second.calls() == first.calls() != {}
+
+
+def test_compiles_without_a_graph_break(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    expected = model(ids).logits
+    nybble.fuse(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(ids, use_cache=False).logits, expected)
+
+
+def test_a_quantised_checkpoint() -> None:
+    model = nybble.load(FIXTURES / "neox_v1_sym_g32", device="cpu")
+    ids = torch.arange(20).reshape(2, 10)
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    close(model(ids).logits, expected)
+    assert report.calls() == calls_per_forward(model.config.num_hidden_layers, parallel=True)
+
+
+# ---------------------------------------------------------------------------------- models whose norms alone are swapped
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "modules"),
+    [("llama", "rmsnorm", 5), ("qwen2", "rmsnorm", 5), ("qwen3", "rmsnorm", 9), ("gpt2", "layernorm", 5)],
+)
+def test_swapped_norms(make_model: MakeModel, ids: torch.Tensor, kind: str, function: str, modules: int) -> None:
+    model = make_model(kind)
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    assert len(report.replaced) == modules and {what for _, what in report.replaced} == {function}
+    assert len(report.refused) == 1 and "residual additions" in report.refused[0][1]
+    close(model(ids).logits, expected)
+    assert report.calls() == {function: modules}
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    assert len(hidden) == 3
+    model.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "norm" in n or "ln_" in n)
+
+
+# ------------------------------------------------------------------------------------------------------- what it refuses
+
+
+def test_an_unknown_model_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    before = state(model)
+    report = nybble.fuse(model)
+    assert state(model) == before
+    assert report.replaced == [] and report.calls() == {}
+    (name, reason), *rest = report.refused
+    assert name == "" and "Sequential" in reason and "GPTNeoXModel" in reason and not rest
+    report.undo()
+    assert state(model) == before
+
+
+def test_what_is_not_a_module() -> None:
+    with pytest.raises(TypeError, match="fuse: model: expected a torch.nn.Module, got dict"):
+        nybble.fuse({})  # type: ignore[arg-type]
+
+
+class OtherLayer(GPTNeoXLayer): ...
+
+
+class OtherModel(GPTNeoXModel): ...
+
+
+def _other_layer(model: Any) -> None:
+    model.gpt_neox.layers[1].__class__ = OtherLayer
+
+
+def _other_norm(model: Any) -> None:
+    model.gpt_neox.layers[1].input_layernorm = nn.RMSNorm(64)
+
+
+def _other_model(model: Any) -> None:
+    model.gpt_neox.__class__ = OtherModel
+
+
+def _other_forward(model: Any) -> None:
+    model.gpt_neox.layers[1].forward = lambda *a, **k: None
+
+
+def _own_forward(model: Any) -> None:
+    model.gpt_neox.forward = lambda *a, **k: None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_other_layer, "layer 1 is a OtherLayer"),
+        (_other_norm, "layers.1.input_layernorm is a RMSNorm"),
+        (_other_model, "OtherModel is a subclass"),
+        (_other_forward, "the forward of layer 1 was replaced"),
+        (_own_forward, "the model's forward was replaced"),
+    ],
+)
+def test_a_model_that_differs_is_refused_with_the_reason(
+    make_model: MakeModel, change: Callable[[Any], None], reason: str
+) -> None:
+    model = neox(make_model)
+    change(model)
+    before = state(model)
+    report = nybble.fuse(model)
+    assert report.replaced == [] and state(model) == before
+    assert [name for name, _ in report.refused] == ["gpt_neox"]
+    assert reason in report.refused[0][1]
+
+
+def test_the_report_reads_as_a_table(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    report = nybble.fuse(model)
+    model(ids)
+    assert str(report) == (
+        "replaced:\n"
+        "  gpt_neox.layers.0          layernorm of the embedding, twice\n"
+        "  gpt_neox.layers.1..2       add_dual_layernorm: both residual additions and both LayerNorms\n"
+        "  gpt_neox.final_layer_norm  add_layernorm: the last residual addition and the final norm\n"
+        "calls: add_dual_layernorm 2, add_layernorm 1, layernorm 2"
+    )
+    assert "residual additions stay separate" in str(nybble.fuse(make_model("llama")))

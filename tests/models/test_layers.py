@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from nybble import PackedWeight, QuantizedWeight, w4a16_linear
+from nybble.models.layers import W4A16Linear
+
+K, N, GROUP = 96, 40, 32
+
+
+def make_layer(seed: int, *, full: bool) -> W4A16Linear:
+    """A layer with zero points, act-order and bias, or with none of them."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 16, (K, N), generator=generator, dtype=torch.uint8)
+    zeros = torch.full((K // GROUP, N), 8, dtype=torch.uint8)
+    g_idx = bias = None
+    if full:
+        zeros = torch.randint(0, 16, zeros.shape, generator=generator, dtype=torch.uint8)
+        g_idx = (torch.randperm(K, generator=generator) // GROUP).to(torch.int32)
+        bias = torch.randn(N, generator=generator)
+    scales = torch.rand(K // GROUP, N, generator=generator).half()
+    packed = PackedWeight.from_quantized(QuantizedWeight(q, zeros, scales, GROUP, g_idx))
+    return W4A16Linear.from_packed(packed, bias)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_forward_is_the_operation(full: bool) -> None:
+    layer, x = make_layer(0, full=full), torch.randn(2, 3, K)
+    weight = layer.packed().unpack().dequantize()
+    expected = x @ weight + (layer.bias if layer.bias is not None else 0)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(layer(x), w4a16_linear(x, layer.packed(), bias=layer.bias))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_state_dict_carries_everything(full: bool) -> None:
+    layer, other, x = make_layer(0, full=full), make_layer(1, full=full), torch.randn(2, K)
+    assert set(layer.state_dict()) == {"qweight", "scales", *(("qzeros", "perm", "bias") if full else ())}
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_deepcopy_shares_nothing() -> None:
+    layer, x = make_layer(0, full=True), torch.randn(2, K)
+    before = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_change_of_dtype_reaches_scales_and_bias_only(dtype: torch.dtype) -> None:
+    layer = make_layer(0, full=True)
+    qweight = layer.qweight.clone()
+    layer.to(dtype)
+    assert layer.scales.dtype == dtype
+    assert layer.bias is not None and layer.bias.dtype == dtype
+    assert layer.qzeros is not None and layer.qzeros.dtype == torch.uint8
+    assert layer.perm is not None and layer.perm.dtype == torch.int32
+    assert torch.equal(layer.qweight, qweight)
+    assert layer(torch.randn(2, K, dtype=dtype)).dtype == dtype
+
+
+def test_to_moves_every_tensor() -> None:
+    layer = make_layer(0, full=True).to("meta")
+    packed = layer.packed()
+    assert all(t is not None and t.is_meta for t in (packed.qweight, packed.scales, packed.qzeros, packed.perm))
+
+
+def test_no_parameter_wants_a_gradient_and_repr_names_the_kind() -> None:
+    layer = make_layer(0, full=True)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert repr(layer) == (
+        "W4A16Linear(in_features=96, out_features=40, group_size=32, bias=True, zero points, act-order)"
+    )

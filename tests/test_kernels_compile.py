@@ -1,0 +1,50 @@
+"""The compile gate: every specialisation of every kernel builds, on a machine without a GPU, with the registers and
+spills of the committed snapshot. ``make snapshot`` writes it anew; read its diff before you commit it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from nybble.ops import OPERATIONS
+from nybble.runtime.build import compile_kernel
+from nybble.runtime.hardware import A100, H200, Hardware
+
+SNAPSHOT = Path(__file__).parent / "kernel_snapshot.json"
+TARGETS = (H200, A100)
+
+
+def gate(operation: str, card: Hardware) -> dict[str, list[int]]:
+    """``[registers, spill bytes, stack bytes, static shared bytes]`` by specialisation."""
+    cases = importlib.import_module(f"nybble.ops.{operation}.cases")
+    return {source.label: list(compile_kernel(source, card.arch).resources) for source in cases.gate(card)}
+
+
+def nvrtc_version() -> str:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+@pytest.mark.parametrize("card", TARGETS, ids=lambda card: card.arch)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_kernels_build_without_spills_as_in_the_snapshot(operation: str, card: Hardware) -> None:
+    built = gate(operation, card)
+    assert built, "a gate that builds nothing proves nothing"
+    spilling = {label: resources for label, resources in built.items() if resources[1]}
+    assert not spilling, "these specialisations spill registers to memory"
+    committed = json.loads(SNAPSHOT.read_text())
+    if committed["nvrtc"] != nvrtc_version():
+        pytest.skip(f"built without spills; the snapshot is of NVRTC {committed['nvrtc']}, here is {nvrtc_version()}")
+    assert built == committed["kernels"][operation][card.arch], "run `make snapshot` and read its diff"
+
+
+def test_every_kernel_file_is_in_the_gate() -> None:
+    cards = [importlib.import_module(f"nybble.ops.{operation}.cases").gate(H200) for operation in OPERATIONS]
+    built = {source.path.resolve() for sources in cards for source in sources}
+    package = Path(importlib.import_module("nybble").__file__ or "").parent
+    assert built == {path.resolve() for path in package.glob("ops/*/*.cu")}
