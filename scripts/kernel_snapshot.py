@@ -8,14 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from test_kernels_compile import SNAPSHOT, TARGETS, gate, nvrtc_version  # noqa: E402
+from test_kernels_compile import SNAPSHOT, TARGETS, gate, nvrtc_version
 
-from nybble.ops import OPERATIONS  # noqa: E402
+from nybble.ops import OPERATIONS
 
 
 def main() -> None:
     kernels = {name: {card.arch: gate(name, card) for card in TARGETS} for name in OPERATIONS}
-    lines = ["{", f'"nvrtc": "{nvrtc_version()}",', '"columns": ["registers", "spill", "stack", "shared"],', '"kernels": {']
+    lines = [
+        "{",
+        f'"nvrtc": "{nvrtc_version()}",',
+        '"columns": ["registers", "spill", "stack", "shared"],',
+        '"kernels": {',
+    ]
     for i, (name, targets) in enumerate(kernels.items()):
         lines.append(f'"{name}": {{')
         for j, (arch, built) in enumerate(targets.items()):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make Nybble's demo model: a small GPT-NeoX trained on text that ships with Python, then quantised to 4-bit GPTQ.
+"""Make Nybble's demo model: a small GPT-NeoX trained on text that ships with Python, as 4-bit GPTQ.
 
 Stages, each reading what the one before left in ``--work``::
 
@@ -10,14 +10,15 @@ Stages, each reading what the one before left in ``--work``::
     export     fp16, model card, licence                               -> src/nybble/assets/demo/
     evaluate   held-out perplexity and greedy continuations            -> evaluation.json
 
-``corpus``, ``tokenizer``, ``train`` and ``evaluate`` need torch, transformers and tokenizers. ``quantize`` also needs GPTQModel
-(a development tool, never a dependency of the library). Example::
+``corpus``, ``tokenizer``, ``train`` and ``evaluate`` need torch, transformers and tokenizers. ``quantize`` also needs
+GPTQModel (a development tool, never a dependency of the library). Example::
 
     python scripts/make_demo_model.py corpus tokenizer train --work build/demo
     python scripts/make_demo_model.py quantize evaluate export --work build/demo
 
 The corpus depends on the Python version that runs the script; the model card records it. Everything else is seeded, but
-floating-point sums on another CPU or with another number of threads give slightly different weights.
+floating-point sums on another CPU or with another number of threads give slightly different weights. ``train`` saves
+``checkpoint.pt`` as it goes and resumes from it, with other ``--steps`` too if time turns out short.
 """
 
 from __future__ import annotations
@@ -50,16 +51,21 @@ END_OF_TEXT = "<|endoftext|>"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PROMPTS = ("def read_config(path):\n", "The with statement", "class Stack:\n")
 
-# Folders and files left out: tests, generated tables, build records of one machine, and modules that carry a licence text
-# of their own beside Python's.
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "encodings", "site-packages", "msilib", "pydoc_data", "pgen2", "__pycache__"}
+# Left out: tests, generated tables, build records of one machine, modules that carry a further licence of their own.
+SKIPPED_FOLDERS = {
+    *("test", "tests", "idlelib", "encodings", "site-packages", "msilib", "pydoc_data", "pgen2", "__pycache__"),
+}
 SKIPPED_FILES = {
     *("html/entities.py", "stringprep.py", "locale.py", "this.py", "sre_constants.py", "keyword.py", "symbol.py"),
-    *("asynchat.py", "asyncore.py", "http/cookies.py", "trace.py", "uu.py", "xmlrpc/client.py", "optparse.py", "tarfile.py"),
+    *("asynchat.py", "asyncore.py", "http/cookies.py", "trace.py", "uu.py", "xmlrpc/client.py"),
+    *("optparse.py", "tarfile.py"),
 }
 # Never trained on. Any long paragraph they share with another text is cut out of that other text too.
 HELDOUT_FILES = ("graphlib.py", "shelve.py", "sched.py", "fnmatch.py", "reprlib.py", "queue.py", "bisect.py", "cmd.py")
-HELDOUT_TOPICS = ("slicings", "context-managers", "dynamic-features", "exprlists", "assert", "del", "typesmapping", "debugger")
+HELDOUT_TOPICS = (
+    *("slicings", "context-managers", "dynamic-features", "exprlists"),
+    *("assert", "del", "typesmapping", "debugger"),
+)
 
 
 class Document(NamedTuple):
@@ -69,7 +75,7 @@ class Document(NamedTuple):
     text: str
 
 
-# ---------------------------------------------------------------------------------------------------------------- corpus
+# --------------------------------------------------------------------------------------------------------------- corpus
 
 
 def topics() -> Iterator[Document]:
@@ -171,7 +177,7 @@ def read_corpus(work: Path) -> list[Document]:
     return documents
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
 def make_tokenizer(work: Path, vocabulary: int, positions: int) -> None:
@@ -221,7 +227,7 @@ def encode_all(work: Path, texts: list[str]) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def new_model(args: argparse.Namespace) -> GPTNeoXForCausalLM:
@@ -296,7 +302,7 @@ def train(work: Path, args: argparse.Namespace) -> None:
     size = sum(p.numel() for p in model.parameters())
     per_step = args.batch * args.length
     epochs = args.steps * per_step / len(tokens)
-    print(f"train: {size:,} parameters, {len(tokens):,} tokens, {args.steps} steps of {per_step} = {epochs:.1f} epochs", flush=True)
+    print(f"train: {size:,} parameters, {len(tokens):,} tokens, {args.steps:,} steps, {epochs:.1f} epochs", flush=True)
 
     started, loss_sum, counted = time.monotonic(), 0.0, 0
     for step in range(first, args.steps):
@@ -320,7 +326,7 @@ def train(work: Path, args: argparse.Namespace) -> None:
         if done % args.save_every == 0 or done == args.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            checkpoint.with_suffix(".part").replace(checkpoint)
             ppl = perplexity(model, heldout)
             print(f"step {done:5d}  held-out perplexity {ppl:.3f}", flush=True)
             model.train()
@@ -339,7 +345,7 @@ def train(work: Path, args: argparse.Namespace) -> None:
     (work / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------- evaluate and quantise
+# ------------------------------------------------------------------------------------------------ evaluate and quantise
 
 
 def perplexity(model: torch.nn.Module, tokens: torch.Tensor, length: int = 256) -> float:
@@ -398,7 +404,7 @@ def dequantized(folder: Path) -> GPTNeoXForCausalLM:
 
     state = load_file(folder / "model.safetensors")
     config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    delattr(config, "quantization_config")
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     for name in [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]:
         packed, packed_zeros = state.pop(f"{name}.qweight"), state.pop(f"{name}.qzeros")
@@ -429,38 +435,37 @@ def evaluate(work: Path) -> None:
     (work / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- export
 
 CARD = """---
 license: psf
 language: en
 library_name: nybble
-base_model: none
 ---
 # Nybble demo model
 
-A GPT-NeoX of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {heads} heads, parallel residual, a quarter of each head
-rotated, vocabulary {vocabulary}, {positions} positions) that writes text which looks like Python's documentation and library source.
-It was trained from nothing on the text that ships with Python {python}, then quantised with {quantizer} to 4-bit GPTQ
-(group size {group_size}, symmetric, no act-order, format `{format}`). It exists so that tests, benchmarks and examples have a real
-checkpoint and a meaningful perplexity with nothing to download. It knows nothing beyond its corpus, often states falsehoods, and
-is of no use for programming.
+A GPT-NeoX of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {heads} heads, parallel residual,
+a quarter of each head rotated, vocabulary {vocabulary}, {positions} positions) that writes text which looks like Python's
+documentation and library source. It was trained from nothing on the text that ships with Python {python}, then
+quantised with {quantizer} to 4-bit GPTQ (group size {group_size}, symmetric, no act-order, format `{format}`).
+It exists so that tests, benchmarks and examples have a real checkpoint and a meaningful perplexity with nothing to
+download. It knows nothing beyond its corpus, often states falsehoods, and is of no use for programming.
 
 | | float32 | this checkpoint |
 |---|---|---|
 | perplexity on `heldout.txt` | {float_ppl:.3f} | {gptq_ppl:.3f} |
 
-Perplexity: `heldout.txt` split at `{end}`, that token put before each text, {heldout_tokens:,} tokens in all, cut into windows
-that predict {context} tokens each without overlap; exp of the mean negative log-likelihood, per token. The quantised column is the
-fp32 model with dequantised weights.
+Perplexity: `heldout.txt` split at `{end}`, that token put before each text, {heldout_tokens:,} tokens in all,
+cut into windows that predict {context} tokens each without overlap; exp of the mean negative log-likelihood, per token.
+The second column is computed in fp32 with dequantised weights.
 
 ## Training
-- Corpus: {corpus_tokens:,} tokens: the pages of `pydoc_data.topics`, the source of the standard library, and the docstrings of its C
-  modules. Left out: tests, generated tables, and modules that carry a further licence text of their own.
-- `heldout.txt` was never trained on, nor was any paragraph of 80 characters or more that it shares with another text:
-  {heldout_names}.
-- {steps:,} steps of {tokens_per_step:,} tokens, AdamW, bf16 autocast, cosine schedule, seed {seed}; training loss {final_training_loss} at
-  the end. Rows are {length} tokens long, and {positions} in the last 15 % of the steps.
+- Corpus: {corpus_tokens:,} tokens: the pages of `pydoc_data.topics`, the source of the standard library, and the
+  docstrings of its C modules. Left out: tests, generated tables, and modules that carry a further licence of their own.
+- `heldout.txt` was never trained on, nor was any paragraph of 80 characters or more that it shares with another text.
+  It holds {heldout_names}.
+- {steps:,} steps of {tokens_per_step:,} tokens, AdamW, bf16 autocast, cosine schedule, seed {seed};
+  training loss {final_training_loss} at the end. Rows of {length} tokens, of {positions} in the last 15 % of the steps.
 - Calibration: 256 rows of training text.
 - Everything is made by `scripts/make_demo_model.py`.
 
@@ -468,10 +473,10 @@ fp32 model with dequantised weights.
 {samples}
 
 ## Licence
-The training text and `heldout.txt` are part of Python, copyright (c) 2001-2023 Python Software Foundation, all rights reserved, under the
-PSF License Agreement in `LICENSE.python.txt`. The changes made: excerpts were chosen and joined in `heldout.txt`, and a
-statistical model was computed from the rest. The weights are offered under the same terms. The Python Software Foundation does not
-endorse this model.
+The training text and `heldout.txt` are part of Python, copyright (c) 2001-2023 Python Software Foundation, all rights
+reserved, under the PSF License Agreement in `LICENSE.python.txt`. Changes made: excerpts were chosen and joined in
+`heldout.txt`, and a statistical model was computed from the rest. The weights are offered under the same terms. The
+Python Software Foundation does not endorse this model.
 """
 
 
@@ -523,7 +528,7 @@ def main() -> None:
     """Run the stages named on the command line, in the order of the list above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=STAGES)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="folder for everything between the stages")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="folder between the stages")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=4096)

@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """Make tests/fixtures/gptqmodel with GPTQModel, a packer that is not ours.
 
-Each fixture is a tiny model with random weights, quantised on random tokens and saved by GPTQModel, plus ``expected.safetensors``:
+Each fixture is a tiny model with random weights, quantised on random tokens and saved by GPTQModel, plus
+``expected.safetensors``:
 
-    input_ids                int64 [1, 24]
-    logits                   fp32  [1, 24, vocabulary]: the plain transformers model in fp32 carrying the dequantised weights, so
-                             they depend on no 4-bit kernel
-    <module>.first_rows      fp32  [8, in_features]: the first 8 output features of the dequantised weight
-    metadata "<module>"      sha256 of the whole dequantised weight: contiguous little-endian fp32 bytes, [out_features, in_features]
+    input_ids              int64 [1, 24]
+    logits                 fp32  [1, 24, vocabulary]: the plain transformers model in fp32 with the dequantised weights
+                           (and the other tensors of the checkpoint), so they depend on no 4-bit kernel
+    <module>.first_rows    fp32  [8, in_features]: the first 8 output features of the dequantised weight
+    metadata "<module>"    sha256 of the whole dequantised weight: little-endian fp32, [out_features, in_features]
 
-The dequantised weights come from GPTQModel's own functions. These return [in_features, out_features] in the dtype of the
-scales, fp16, where the product is rounded; here they are given the same scales widened to fp32, where it is exact, and the result
-is transposed. For GPT-2 (Conv1D, whose own weight is [in_features, out_features]) the hash is of [out_features, in_features] too.
+The dequantised weights come from GPTQModel's own functions. These return [in_features, out_features] in the dtype of
+the scales, fp16, where the product is rounded; here they are given the same scales widened to fp32, where it is exact,
+and the result is transposed. For GPT-2 (Conv1D, whose own weight is [in_features, out_features]) the hash is of
+[out_features, in_features] too. Some weights are made one-sided, so that asymmetric zero points reach 0 and 15: a v1
+file stores them minus one by subtracting 0x11111111 from the whole word, and a 0 borrows from its neighbour.
 
-``--demo`` writes ``demo_expected.json`` in the same way for the demo model. GPTQModel is a development tool only; it was installed
-with ``--no-deps``. Example: ``python scripts/make_fixtures.py`` or ``python scripts/make_fixtures.py gpt2_v1_sym_g32 --demo``.
+``--demo`` writes ``demo_expected.json`` in the same way for the demo model. GPTQModel is a development tool only,
+installed with ``--no-deps``. Example: ``python scripts/make_fixtures.py gpt2_v1_sym_g32``; no name means all fixtures.
 """
 
 from __future__ import annotations
@@ -55,10 +58,17 @@ class Fixture(NamedTuple):
     dtype: torch.dtype = torch.float16
 
 
-def llama(hidden: int, **changes: Any) -> transformers.LlamaConfig:
-    """A two-layer Llama whose four query heads share two key/value heads."""
-    sizes = {"hidden_size": hidden, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaConfig(**{**sizes, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64, **changes})
+def llama(hidden: int) -> transformers.LlamaConfig:
+    """Two layers; four query heads share two key/value heads."""
+    return transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+    )
 
 
 GPTQ = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "format": "gptq"}
@@ -71,7 +81,6 @@ FIXTURES_BY_NAME = {
             num_hidden_layers=2,
             vocab_size=VOCABULARY,
             max_position_embeddings=64,
-            rotary_pct=0.25,
             use_parallel_residual=True,
         ),
         GPTQ,
@@ -92,11 +101,13 @@ FIXTURES_BY_NAME = {
         torch.bfloat16,
     ),
     "gpt2_v1_sym_g32": Fixture(
-        transformers.GPT2Config(n_embd=64, n_head=2, n_layer=2, vocab_size=VOCABULARY, n_positions=64, n_inner=128), GPTQ
+        transformers.GPT2Config(n_embd=64, n_head=2, n_layer=2, vocab_size=VOCABULARY, n_positions=64, n_inner=128),
+        GPTQ,
     ),
     "llama_channel": Fixture(llama(64), {**GPTQ, "group_size": -1, "act_group_aware": False}),
     "llama_awq_g32": Fixture(
-        llama(128), {"bits": 4, "group_size": 32, "sym": False, "quant_method": "awq", "format": "gemm", "desc_act": False}
+        llama(128),
+        {"bits": 4, "group_size": 32, "sym": False, "quant_method": "awq", "format": "gemm", "desc_act": False},
     ),
 }
 
@@ -121,7 +132,8 @@ def save_tokenizer(folder: str) -> None:
     """GPTQModel insists on a tokenizer; this one is not kept."""
     words = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, VOCABULARY)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
 
 
 def quantize(fixture: Fixture, folder: Path) -> None:
@@ -174,7 +186,7 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
 def plain_logits(folder: Path, weights: dict[str, torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
     """fp32 logits of the unquantised architecture carrying `weights` and the other tensors of the checkpoint."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    delattr(config, "quantization_config")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     stored = load_file(folder / "model.safetensors")
     state = {key: value.float() for key, value in stored.items() if key.rpartition(".")[0] not in weights}
@@ -228,7 +240,7 @@ def make_demo_expected() -> None:
 def main() -> None:
     """Make the fixtures named, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(FIXTURES_BY_NAME)}; default: all, unless --demo is given")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(FIXTURES_BY_NAME)}")
     parser.add_argument("--demo", action="store_true", help="write demo_expected.json")
     args = parser.parse_args()
     for name in args.names or ([] if args.demo else FIXTURES_BY_NAME):

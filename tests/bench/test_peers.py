@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_quack(stub):
         h = x if residual is None else x + residual
         return F.rms_norm(h, x.shape[-1:], weight, eps), h, None
 
-    def layernorm_fwd(x, weight, bias=None, eps=1e-6):
+    def layernorm_fwd(x, weight, bias: Any = None, eps=1e-6):
         assert weight.dtype == bias.dtype == torch.float32
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
@@ -130,7 +131,7 @@ def test_flash_attn(stub):
     def layer_norm_fn(
         x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, prenorm=False, is_rms_norm=False
     ):
-        h = sum((extra for extra in (residual, x1) if extra is not None), x)
+        h: Any = sum((extra for extra in (residual, x1) if extra is not None), x)
         shape = x.shape[-1:]
         y = F.rms_norm(h, shape, weight, eps) if is_rms_norm else F.layer_norm(h, shape, weight, bias, eps)
         both = (y,) if weight1 is None else (y, F.layer_norm(h, shape, weight1, bias1, eps))
@@ -165,7 +166,7 @@ def test_machete(stub, case):
         assert b_q_weight.stride(0) == 1  # column-major, as it wants it
         return b_q_weight
 
-    def machete_mm(a, b_q, b_type, b_group_scales=None, b_group_zeros=None, b_group_size=None):
+    def machete_mm(a, b_q, b_type, b_group_scales: Any = None, b_group_zeros: Any = None, b_group_size=None):
         q = nibbles(b_q).float() - (8 if b_type == "uint4b8" else 0)
         weight = q * b_group_scales.repeat_interleave(b_group_size, 0)
         if b_group_zeros is not None:

@@ -8,13 +8,13 @@ import subprocess
 
 import pytest
 import torch
+from bench.fake_operation import FakeCase
 from rich.console import Console
 
 from nybble.bench import report
 from nybble.bench.run import Measurement
 from nybble.bench.timing import Timing
 from nybble.runtime.hardware import H200
-from fake_operation import FakeCase
 
 AT = report.Stamp("abc1234", "NVIDIA H200", "580.1", "2.13.0", "2026-01-02T03:04:05+00:00")
 
@@ -33,11 +33,7 @@ def measurement(provider: str = "nybble", us: float = 2.0, **changes) -> Measure
 
 
 def test_the_keys_of_a_row():
-    asked = (
-        "op shape dtype provider variant us us_p10 us_p90 host_us floor_us rel_err commit gpu driver torch when"
-    ).split()
     row = report.row(measurement(), AT)
-    assert set(row) == {*asked, "function"}
     assert list(row) == list(report.KEYS)
     assert row == {
         "op": "fake",
@@ -112,11 +108,11 @@ def test_the_table_shows_time_floor_ratio_and_the_pick():
     console = Console(width=120, record=True, file=None, quiet=False)
     with console.capture() as captured:
         console.print(report.table(some))
-    title, _, own, torch_row, bad = (line.split() for line in captured.get().splitlines())
-    assert title == "double n=8 float16 (floor 1.50 us)".split()
-    assert own == "nybble/cuda * 2.00 1.90 - 2.10 75 % 1.50x 1.2e-04 7.5".split()
-    assert torch_row == "torch/cuda 3.00 2.90 - 3.10 50 % 1.00x 1.2e-04 7.5".split()
-    assert bad[:2] == ["bad/cuda", "wrong"]
+    title, _, own, torch_row, bad = (" ".join(line.split()) for line in captured.get().splitlines())
+    assert title == "double n=8 float16 (floor 1.50 us)"
+    assert own == "nybble/cuda * 2.00 1.90 - 2.10 75 % 1.50x 1.2e-04 7.5"
+    assert torch_row == "torch/cuda 3.00 2.90 - 3.10 50 % 1.00x 1.2e-04 7.5"
+    assert bad.startswith("bad/cuda wrong")
     assert report.wrong_lines(some) == ["bad/cuda: double n=8 float16: WRONG: relative error 3, at most 0.01 is right"]
 
 
@@ -124,7 +120,9 @@ def test_the_table_shows_time_floor_ratio_and_the_pick():
 def test_the_commit_is_that_of_the_source_and_says_when_it_is_changed(tmp_path):
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        done = subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     package = tmp_path / "package"

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from bench import fake_operation as fake
 
 from nybble.bench import peers, run
 from nybble.runtime.hardware import H200
-import fake_operation as fake
 
 CPU = torch.device("cpu")
 

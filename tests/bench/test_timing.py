@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def cuda(monkeypatch) -> FakeCuda:
     return fake
 
 
-def on_cuda(calls, *, rounds=3):
+def on_cuda(calls, *, rounds=3) -> list[Any]:
     turns = timing.Rotation(copies=4, calls=8, flush=True)
     return timing._time_cuda(calls, turns, device=torch.device("cpu"), l2_bytes=0, rounds=rounds)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import AWQ, GPTQ, GROUP, NAME, K, N, gptq, load, named, refusal, same, weight, write, write_shards
+from formats.folders import AWQ, GPTQ, GROUP, NAME, K, N, gptq, load, named, refusal, same, weight, write, write_shards
 from safetensors.torch import save_file
 
 from nybble.formats.awq import pack_awq

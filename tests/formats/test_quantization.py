@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import GPTQ, gptq, weight, write
+from formats.folders import AWQ, GPTQ, gptq, weight, write
 
 from nybble.formats.quantization import read_quantization
 from nybble.runtime.errors import CheckpointError
@@ -127,3 +127,18 @@ def test_a_broken_config_file_is_refused(tmp_path: Path, text: str, reason: str)
     with pytest.raises(CheckpointError, match=reason) as caught:
         read_quantization(tmp_path)
     assert caught.value.file == str(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "sym"),
+    [
+        ({**GPTQ, "sym": False}, False),
+        ({**GPTQ, "sym": None}, True),  # AutoGPTQ's own default
+        ({**AWQ, "zero_point": True}, False),
+        ({**AWQ, "zero_point": False}, True),
+        ({**AWQ, "zero_point": None}, False),
+    ],
+)
+def test_symmetry_as_stated_or_by_the_writers_default(tmp_path: Path, config: dict[str, Any], sym: bool) -> None:
+    read = read_quantization(write(tmp_path, gptq(weight()), config))
+    assert read is not None and read.sym is sym

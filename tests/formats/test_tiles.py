@@ -21,10 +21,10 @@ from nybble.ops.w4a16.cases import W4A16Case
     act_order=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_round_trip_is_exact(
-    n: int, k: int, group_size: int, symmetric: bool, act_order: bool, seed: int
-) -> None:
-    weight = W4A16Case(1, n, k, group_size, torch.float16, symmetric=symmetric, act_order=act_order).quantized(seed=seed)
+def test_round_trip_is_exact(n: int, k: int, group_size: int, symmetric: bool, act_order: bool, seed: int) -> None:
+    weight = W4A16Case(1, n, k, group_size, torch.float16, symmetric=symmetric, act_order=act_order).quantized(
+        seed=seed
+    )
     again = PackedWeight.from_quantized(weight).unpack()
     assert torch.equal(again.q, weight.q)
     assert torch.equal(again.zeros, weight.zeros)
@@ -90,7 +90,7 @@ def test_refusals_are_named() -> None:
         PackedWeight.from_quantized(odd)
     with pytest.raises(ValueError, match="group_size: expected one of"):
         QuantizedWeight(weight.q, weight.zeros, weight.scales, 48)
-    with pytest.raises(TypeError, match="q: expected torch.uint8, got torch.int32"):
+    with pytest.raises(TypeError, match=r"q: expected torch\.uint8, got torch\.int32"):
         QuantizedWeight(weight.q.int(), weight.zeros, weight.scales, 32)
     with pytest.raises(ValueError, match=r"zeros: expected shape \[G, N\] = \[4, 64\], got \[4, 8\]"):
         QuantizedWeight(weight.q, weight.zeros[:, :8], weight.scales, 32)

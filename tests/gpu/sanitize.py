@@ -1,7 +1,7 @@
 """One launch of every kind of specialisation, small, and checked: the program that compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
+compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checks import check_case  # noqa: E402
+from checks import check_case
 
-from nybble.ops.case import Case  # noqa: E402
-from nybble.ops.norm.cases import FUNCTIONS, NormCase  # noqa: E402
-from nybble.ops.w4a16.cases import W4A16Case  # noqa: E402
+from nybble.ops.case import Case
+from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.w4a16.cases import W4A16Case
 
 CASES: tuple[tuple[Case, str], ...] = (
     *((NormCase(f, 3, hidden, torch.float16), "cuda") for f in FUNCTIONS for hidden in (72, 2561, 8192)),

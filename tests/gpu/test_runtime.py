@@ -1,4 +1,4 @@
-"""What a launch promises: the current stream, any device, CUDA graphs, torch.compile, and few microseconds of host time."""
+"""What a launch promises: the current stream, any device, CUDA graphs and torch.compile."""
 
 from __future__ import annotations
 

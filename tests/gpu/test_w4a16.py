@@ -33,7 +33,10 @@ def test_every_group_with_every_option(group_size: int, act_order: bool, m: int)
 @pytest.mark.parametrize("m", [1, 16, 70])
 @pytest.mark.parametrize(
     ("n", "k", "group_size"),
-    [(8, 8, -1), (8, 16, 16), (72, 200, 128), (64, 64, 64), (136, 264, 32), (1000, 520, -1), (520, 8256, 64), (8200, 264, 128)],
+    [
+        (8, 8, -1), (8, 16, 16), (72, 200, 128), (64, 64, 64), (136, 264, 32), (1000, 520, -1), (520, 8256, 64),
+        (8200, 264, 128),
+    ],
 )  # fmt: skip
 def test_features_off_the_tile(n: int, k: int, group_size: int, m: int) -> None:
     check_case(W4A16Case(m, n, k, group_size, symmetric=False, bias=True), "cuda", variant="mma")

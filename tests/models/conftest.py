@@ -11,13 +11,21 @@ import transformers
 from transformers import PreTrainedModel
 
 SIZES: dict[str, dict[str, Any]] = {
-    "gpt_neox": dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, rotary_pct=0.25
-    ),
-    "llama": dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    ),
-    "gpt2": dict(n_embd=64, n_layer=2, n_head=4),
+    "gpt_neox": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "rotary_pct": 0.25,
+    },
+    "llama": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
 }
 SIZES["qwen2"] = SIZES["llama"]
 SIZES["qwen3"] = {**SIZES["llama"], "head_dim": 16}

@@ -129,7 +129,7 @@ def test_half_precision_stays_close(make_model: MakeModel, ids: torch.Tensor, pa
     assert report.calls() == calls_per_forward(3, parallel=parallel)
 
 
-# ------------------------------------------------------------------------------------------------ when to step aside
+# --------------------------------------------------------------------------------------------------- when to step aside
 
 
 def test_output_hidden_states_and_attentions_come_from_the_original(make_model: MakeModel, ids: torch.Tensor) -> None:
@@ -138,7 +138,8 @@ def test_output_hidden_states_and_attentions_come_from_the_original(make_model: 
     report = nybble.fuse(model)
     got = model(ids, output_hidden_states=True, output_attentions=True)
     assert len(got.hidden_states) == 4 and len(got.attentions) == 3
-    for mine, theirs in zip(got.hidden_states + got.attentions, expected.hidden_states + expected.attentions):
+    both = zip(got.hidden_states + got.attentions, expected.hidden_states + expected.attentions, strict=True)
+    for mine, theirs in both:
         assert torch.equal(mine, theirs)
     assert report.calls() == {}
     model.config.output_hidden_states = True
@@ -226,7 +227,7 @@ def test_a_norm_changed_afterwards_takes_the_original(make_model: MakeModel, ids
     assert torch.equal(got, model(ids).logits) and report.calls() == {}
 
 
-# ---------------------------------------------------------------------------------------------------- what it leaves
+# ------------------------------------------------------------------------------------------------------- what it leaves
 
 
 def state(model: nn.Module) -> list[tuple[str, type, list[str]]]:
@@ -321,7 +322,7 @@ def test_a_quantised_checkpoint() -> None:
     assert report.calls() == calls_per_forward(model.config.num_hidden_layers, parallel=True)
 
 
-# ---------------------------------------------------------------------------------- models whose norms alone are swapped
+# --------------------------------------------------------------------------------- models whose norms alone are swapped
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def test_swapped_norms(make_model: MakeModel, ids: torch.Tensor, kind: str, func
     assert all(p.grad is not None for n, p in model.named_parameters() if "norm" in n or "ln_" in n)
 
 
-# ------------------------------------------------------------------------------------------------------- what it refuses
+# ------------------------------------------------------------------------------------------------------ what it refuses
 
 
 def test_an_unknown_model_is_left_alone() -> None:
@@ -359,7 +360,7 @@ def test_an_unknown_model_is_left_alone() -> None:
 
 
 def test_what_is_not_a_module() -> None:
-    with pytest.raises(TypeError, match="fuse: model: expected a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"fuse: model: expected a torch\.nn\.Module, got dict"):
         nybble.fuse({})  # type: ignore[arg-type]
 
 

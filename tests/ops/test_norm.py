@@ -87,8 +87,8 @@ def test_nan_and_inf_stay_in_their_row() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "x: expected float32, float16 or bfloat16, got torch.int32"),
-        ({"residual": torch.zeros(2, 8).half()}, TypeError, "residual: expected torch.float32, the dtype of x, got torch.float16"),
+        ({"x": torch.zeros(2, 8).int()}, TypeError, "x: expected float32, float16 or bfloat16, got torch.int32"),
+        ({"residual": torch.zeros(2, 8).half()}, TypeError, "residual: expected torch.float32, the dtype of x, got"),
         ({"residual": torch.zeros(1, 8)}, ValueError, r"residual: expected shape \[2, 8\], that of x, got \[1, 8\]"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight: expected shape \[hidden\] = \[8\], got \[7\]"),
         ({"bias": torch.zeros(2, 8)}, ValueError, r"bias: expected shape \[hidden\] = \[8\], got \[2, 8\]"),
@@ -138,10 +138,12 @@ def test_opcheck(function: str) -> None:
 
 def test_compiles_whole_with_dynamic_rows() -> None:
     weight = torch.ones(32)
-    compiled = torch.compile(lambda x: nybble.add_rmsnorm(x, x, weight)[0] * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: nybble.add_rmsnorm(x, x, weight)[0] * 2, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for rows in (2, 5):
         x = torch.randn(rows, 32)
-        torch.testing.assert_close(compiled(x), nybble.add_rmsnorm(x, x, weight)[0] * 2)
+        torch.testing.assert_close(compiled(x), step(x))
 
 
 def test_choice_is_pure_and_says_why() -> None:
@@ -152,7 +154,7 @@ def test_choice_is_pure_and_says_why() -> None:
     assert cost.choose(spec, None).pick.variant == "reference"
     old = A100._replace(capability=(7, 5))
     assert cost.choose(spec, old).pick.variant == "reference"
-    assert "needs compute capability 8.0, this GPU has 7.5" in [c.reason for c in cost.candidates(spec, old)][0]
+    assert "needs compute capability 8.0, this GPU has 7.5" in cost.candidates(spec, old)[0].reason
     unaligned = cost.choose(spec._replace(aligned=False), H200).pick
     assert dict(unaligned.config)["VEC"] == 1
     wide = cost.choose(spec._replace(hidden=65536, dtype=torch.float32), H200).pick

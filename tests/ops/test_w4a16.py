@@ -71,11 +71,6 @@ def test_bad_input_is_named() -> None:
         (TypeError, "bias: expected torch.float16, the dtype of x, got torch.float32", {"bias": torch.zeros(72)}),
         (ValueError, r"bias: expected shape \[out_features\] = \[72\], got \[8\]", {"bias": torch.zeros(8).half()}),
         (TypeError, "weight: expected a nybble.PackedWeight, got Tensor", {"weight": x}),
-        (ValueError, r"weight.qweight: expected contiguous \[2, 4, 512\]", {"weight": replace(weight, qweight=weight.qweight[:1])}),
-        (TypeError, "weight.qweight: expected torch.int32", {"weight": replace(weight, qweight=weight.qweight.long())}),
-        (ValueError, r"weight.scales: expected contiguous \[2, 8, 64\]", {"weight": replace(weight, scales=weight.scales[:, :1])}),
-        (ValueError, r"weight.qzeros: expected contiguous \[2, 8, 32\]", {"weight": replace(weight, qzeros=weight.scales.to(torch.uint8))}),
-        (ValueError, r"weight.perm: expected contiguous \[200\]", {"weight": replace(weight, perm=torch.zeros(3, dtype=torch.int32))}),
         (ValueError, "weight.qweight: expected device meta, that of x, got cpu", {"x": x.to("meta")}),
         (ValueError, r"variant: expected 'auto' or one of \['mma', 'reference'\], got 'marlin'", {"variant": "marlin"}),
         (UnsupportedError, "mma: no CUDA device", {"variant": "mma"}),
@@ -84,6 +79,28 @@ def test_bad_input_is_named() -> None:
         arguments: dict[str, object] = {"x": x, "weight": weight, **change}
         with pytest.raises(error, match=message):
             nybble.w4a16_linear(arguments.pop("x"), arguments.pop("weight"), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_packed_weight_checks_itself_and_so_does_the_operator() -> None:
+    inputs = SMALL.make()
+    weight = inputs.weight
+    bad: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (ValueError, r"qweight: expected contiguous \[2, 4, 512\], got \[1, 4, 512\]", {"qweight": weight.qweight[:1]}),
+        (TypeError, "qweight: expected torch.int32, got torch.int64", {"qweight": weight.qweight.long()}),
+        (ValueError, r"scales: expected contiguous \[2, 8, 64\]", {"scales": weight.scales[:, :1]}),
+        (ValueError, r"qzeros: expected contiguous \[2, 8, 32\]", {"qzeros": weight.scales.to(torch.uint8)}),
+        (ValueError, r"perm: expected contiguous \[200\], got \[3\]", {"perm": torch.zeros(3, dtype=torch.int32)}),
+        (ValueError, "scales: expected device cpu, that of qweight, got meta", {"scales": weight.scales.to("meta")}),
+        (ValueError, "out_features: expected a positive multiple of 8, got 71", {"out_features": 71}),
+    ]  # fmt: skip
+    names = ("qweight", "scales", "qzeros", "perm", "in_features", "out_features", "group_size")
+    for error, message, change in bad:
+        with pytest.raises(error, match=message):
+            replace(weight, **change)  # type: ignore[arg-type]
+        fields = {**{name: getattr(weight, name) for name in names}, **change}
+        tensors, sizes = [fields[name] for name in names[:4]], [fields[name] for name in names[4:]]
+        with pytest.raises(error, match=message):
+            torch.ops.nybble.w4a16(inputs.x, *tensors, None, *sizes, "auto")
 
 
 def test_opcheck() -> None:

@@ -26,15 +26,20 @@ class Ceilings(NamedTuple):
 def measure(device: torch.device, *, side: int = 8192, repeats: int = 20) -> Ceilings:
     """Measure both on a CUDA device. Takes about a second."""
     with torch.cuda.device(device), torch.inference_mode():
-        bytes_read = min(4 << 30, torch.cuda.mem_get_info()[0] // 4)
-        data = torch.randn(bytes_read // 4, dtype=torch.float32, device=device)
-        read_us = _median_us(lambda: data.sum(), repeats)
-        del data
-        left, right = (torch.randn(side, side, dtype=torch.float16, device=device) for _ in range(2))
-        multiply_us = _median_us(lambda: left @ right, repeats)
-        del left, right
+        ceilings = Ceilings(_read_tbps(device, repeats), _half_tflops(device, side, repeats))
         torch.cuda.empty_cache()
-    return Ceilings(bytes_read / read_us / 1e6, 2 * side**3 / multiply_us / 1e6)
+    return ceilings
+
+
+def _read_tbps(device: torch.device, repeats: int) -> float:
+    count = min(4 << 30, torch.cuda.mem_get_info()[0] // 4) // 4
+    data = torch.randn(count, dtype=torch.float32, device=device)
+    return 4 * count / _median_us(data.sum, repeats) / 1e6
+
+
+def _half_tflops(device: torch.device, side: int, repeats: int) -> float:
+    left, right = (torch.randn(side, side, dtype=torch.float16, device=device) for _ in range(2))
+    return 2 * side**3 / _median_us(lambda: left @ right, repeats) / 1e6
 
 
 def _median_us(work: Callable[[], object], repeats: int) -> float:

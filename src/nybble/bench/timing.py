@@ -180,7 +180,10 @@ class _Prepared:
         else:
             self.graph.replay()
 
-    def host_us(self) -> float:
+    def timing(self) -> Timing:
+        return Timing(*spread(self.samples), self._host_us(), "events" if self.graph is None else "graph")
+
+    def _host_us(self) -> float:
         function, copies = self.call.function, self.copies
         samples = []
         for _ in range(20):
@@ -222,10 +225,7 @@ def _time_cuda(
             if number >= 2:  # the first two bring clocks and allocator to their steady state
                 for p, start, end in marks:
                     p.samples.append(start.elapsed_time(end) * 1e3 / turns.calls)
-        return [
-            p if isinstance(p, str) else Timing(*spread(p.samples), p.host_us(), "events" if p.graph is None else "graph")
-            for p in prepared
-        ]
+        return [p if isinstance(p, str) else p.timing() for p in prepared]
 
 
 def one_line(error: BaseException) -> str:

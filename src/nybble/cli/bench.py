@@ -29,7 +29,9 @@ app = new_app("Measure the operations beside their peers, and explain which kern
 
 JSON = typer.Option(False, "--json", help="Print one JSON object and nothing else.")
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
-FILTER = typer.Option("", help="Only cases with these words: a function, a dtype, m=1; comma-separated, all must match.")
+FILTER = typer.Option("", help="Only cases with all these words: a function, a dtype, m=1; commas between them.")
+OPS = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out.")
+RESULTS = typer.Option("results", help="Where rows are kept.")
 
 
 def cases_module(op: str) -> Any:
@@ -59,7 +61,7 @@ def select(ops: list[str], *, gpu: bool, words: str) -> dict[str, list[Case]]:
 
 @app.command("list")
 def list_cases(
-    ops: list[str] = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out."),
+    ops: list[str] = OPS,
     filter: str = FILTER,
     small: bool = typer.Option(False, "--small", help="The small cases a CPU runs, on a GPU machine too."),
     json: bool = JSON,
@@ -95,13 +97,13 @@ def _described(case: Case) -> dict[str, Any]:
 
 @app.command("run")
 def run(
-    ops: list[str] = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out."),
+    ops: list[str] = OPS,
     filter: str = FILTER,
     quick: bool = typer.Option(False, "--quick", help="Fewer rounds: a first look, not numbers to publish."),
     peers: bool = typer.Option(True, help="Measure the other libraries in the same run."),
     small: bool = typer.Option(False, "--small", help="The small cases a CPU runs, on a GPU too."),
     save: bool = typer.Option(False, help="Append the rows to RESULTS/<gpu>/<op>.jsonl."),
-    results: Path = typer.Option(Path("results"), help="Where rows are kept."),
+    results: Path = RESULTS,
     commit: str = typer.Option("", help="The commit to stamp rows with, where git can't tell."),
     device: str = DEVICE,
     json: bool = JSON,

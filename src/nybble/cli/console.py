@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 # Typer's own copy of Click in some releases, Click itself in others: the base of its usage errors, by name.
-_ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_CLICK_EXCEPTION: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 class Group(TyperGroup):
@@ -43,7 +43,7 @@ def _one_line_errors(ctx: Any) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except _ClickException as error:
+    except _CLICK_EXCEPTION as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
         where = getattr(error, "ctx", None) or ctx
@@ -59,11 +59,11 @@ def _one_line_errors(ctx: Any) -> Iterator[None]:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error a user can understand, ``None`` for one that is a bug."""
-    from nybble.runtime.errors import CompileError, UnsupportedError
+    from nybble.runtime.errors import CheckpointError, CompileError, UnsupportedError
 
     if isinstance(error, (UnsupportedError, CompileError)):
         return EXIT_FAILED
-    if isinstance(error, (ValueError, TypeError)) and _is_ours(error):
+    if isinstance(error, CheckpointError) or (isinstance(error, (ValueError, TypeError)) and _is_ours(error)):
         return EXIT_BAD_INPUT
     if isinstance(error, OSError):
         return EXIT_BAD_INPUT if isinstance(error, (FileNotFoundError, NotADirectoryError)) else EXIT_FAILED

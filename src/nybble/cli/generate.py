@@ -23,7 +23,7 @@ def generate(
     prompt: str = typer.Option(PROMPT, help="The text to continue."),
     max_tokens: int = typer.Option(100, min=0, help="Stop after as many new tokens."),
     sample: bool = typer.Option(False, "--sample/--greedy", help="Draw tokens, or take the likeliest every time."),
-    temperature: float = typer.Option(0.8, min=0.0, help="--sample: below 1 prefers likely tokens, above 1 levels them."),
+    temperature: float = typer.Option(0.8, min=0.0, help="--sample: below 1 prefers likely tokens."),
     top_k: int = typer.Option(50, min=0, help="--sample: among the K likeliest; 0 for all."),
     top_p: float = typer.Option(0.95, min=0.0, max=1.0, help="--sample: among the likeliest that reach P together."),
     seed: int = typer.Option(0, help="--sample: the same seed draws the same tokens."),
@@ -61,9 +61,21 @@ def generate(
             _write(piece)
     text = "".join(pieces)
     if json:
-        facts = {"model": str(folder), **described(loaded), "fused": fuse, "prompt": prompt, "text": text, "tokens": new}
-        chosen = {"sample": sample, "seed": seed if sample else None, "stopped_by": tokens.stopped_by}
-        print_json({**facts, **chosen, **_speed(tokens.timing), **_fusion(report)})
+        print_json(
+            {
+                "model": str(folder),
+                **described(loaded),
+                "fused": fuse,
+                "sample": sample,
+                "seed": seed if sample else None,
+                "prompt": prompt,
+                "text": text,
+                "tokens": new,
+                "stopped_by": tokens.stopped_by,
+                **_speed(tokens.timing),
+                **_fusion(report),
+            }
+        )
         return
     _write("\n" if live else f"{prompt}{text}\n")
     _summary(tokens.timing, report, described(loaded))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MODEL = typer.Argument(None, metavar="[MODEL]", help="Folder of the model; the demo model when left out.")
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
 DTYPE = typer.Option("auto", help="float32, float16, bfloat16; auto: float32 on a CPU, 16 bits on a GPU.")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 JSON = typer.Option(False, "--json", help="Print one JSON object and nothing else.")
 
 
@@ -55,6 +56,9 @@ def _tokenizer(folder: Path) -> Any:
 
     from nybble.runtime.errors import CheckpointError
 
+    # Without any of these transformers makes an empty tokenizer, and every prompt becomes nothing.
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(folder, "tokenizer.json", f"no tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers fails in many ways where a tokenizer's file is missing or damaged

@@ -13,13 +13,14 @@ from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, assets, described, load
 if TYPE_CHECKING:
     from nybble.models.generate import Perplexity
 
+TEXT = typer.Option(None, help="A UTF-8 text file; the demo's held-out text when left out.")
 WARM_UP = 64
 """Tokens scored before each measurement, so that neither pays for first-use set-up."""
 
 
 def ppl(
     model: Path = MODEL,
-    text: Path = typer.Option(None, help="A UTF-8 text file; the demo's held-out text when left out."),
+    text: Path = TEXT,
     window: int = typer.Option(None, min=1, help="Tokens seen at once; default what the model has positions for."),
     stride: int = typer.Option(None, min=1, help="How far the window moves; default half of it."),
     tokens: int = typer.Option(None, min=2, help="Only the first TOKENS of the text."),
@@ -64,7 +65,9 @@ def ppl(
     from rich.table import Table
 
     where = described(loaded)
-    title = f"{escape(folder.name)} on {escape(file.name)}: {unfused.tokens} tokens, {where['device']}, {where['dtype']}"
+    title = (
+        f"{escape(folder.name)} on {escape(file.name)}: {unfused.tokens} tokens, {where['device']}, {where['dtype']}"
+    )
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     table.add_column("")
     for name in ("perplexity", "nats a token", "tokens/s", "fused calls"):

@@ -82,13 +82,15 @@ class Checkpoint:
         index, files = _find(self.folder)
         self._open: dict[Path, Any] = {file: _open(file) for file in files}
         self._file: dict[str, Path] = {}
+        held: dict[Path, set[str]] = {}
         for file, opened in self._open.items():
-            for name in opened.keys():  # noqa: SIM118 - no mapping: it has only this
+            held[file] = set(opened.keys())
+            for name in held[file]:
                 if name in self._file and name not in index:
                     raise CheckpointError(file, name, f"is also in {self._file[name].name}")
                 self._file.setdefault(name, file)
         for name, file in index.items():
-            if name not in self._open[file].keys():  # noqa: SIM118
+            if name not in held[file]:
                 raise CheckpointError(file, name, "missing, though the index names this file for it")
             self._file[name] = file
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats.grouped import QuantizedWeight
-from nybble.runtime.errors import wrong_value
+from nybble.runtime.errors import wrong_type, wrong_value
 
 TILE = 64
 """Features of K and of N in one contiguous block of the layout."""
@@ -54,6 +54,10 @@ class PackedWeight:
         qzeros: uint8 ``[ceil(N/64), groups, 32]``, or ``None`` when every zero point is 8.
         perm: int32 ``[K]``, packed position -> input feature, or ``None`` without act-order.
         in_features: K. out_features: N. group_size: features of K that share a scale (K for one group).
+
+    Raises:
+        TypeError: a dtype is not the one above.
+        ValueError: a shape, a stride or the device of a tensor is not; the message names it.
     """
 
     qweight: Tensor
@@ -63,6 +67,29 @@ class PackedWeight:
     in_features: int
     out_features: int
     group_size: int
+
+    def __post_init__(self) -> None:
+        k, n, groups = self.in_features, self.out_features, packed_groups(self.in_features, self.group_size)
+        for name, features in (("in_features", k), ("out_features", n)):
+            if features < 8 or features % 8:
+                raise wrong_value("PackedWeight", name, "a positive multiple of 8", features)
+        floats = (torch.float16, torch.bfloat16, torch.float32)
+        for name, dtypes, shape in (
+            ("qweight", (torch.int32,), (tiles(n), tiles(k), 512)),
+            ("scales", floats, (tiles(n), groups, 64)),
+            ("qzeros", (torch.uint8,), (tiles(n), groups, 32)),
+            ("perm", (torch.int32,), (k,)),
+        ):
+            tensor = getattr(self, name)
+            if tensor is None and name in ("qzeros", "perm"):
+                continue
+            if tensor.dtype not in dtypes:
+                raise wrong_type("PackedWeight", name, " or ".join(map(str, dtypes)), tensor.dtype)
+            if tensor.shape != shape or not tensor.is_contiguous():
+                remedy = "Pack with PackedWeight.from_quantized."
+                raise wrong_value("PackedWeight", name, f"contiguous {list(shape)}", list(tensor.shape), remedy)
+            if tensor.device != self.qweight.device:
+                raise wrong_value("PackedWeight", name, f"device {self.qweight.device}, that of qweight", tensor.device)
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight) -> PackedWeight:

@@ -32,7 +32,7 @@ from nybble.formats.grouped import QuantizedWeight
 from nybble.formats.tiles import PackedWeight
 from nybble.models.architectures import HEAD, Architecture, architecture_of
 from nybble.models.layers import W4A16Linear
-from nybble.runtime.errors import CheckpointError, wrong_type, wrong_value
+from nybble.runtime.errors import CheckpointError, UnsupportedError, wrong_type, wrong_value
 
 Progress = Callable[[int, int], None]
 
@@ -277,11 +277,18 @@ def _fill(
         if progress:
             progress(done, total)
     if plan.quantized:
-        # Were the model saved, its tiles must not be taken for GPTQ: this method's name is refused by every loader.
-        model.config.quantization_config = {"quant_method": "nybble", "bits": 4, "layout": "tiles"}
+        # No loader knows the tiles; transformers would read such a folder, warn, and leave the weights random.
+        model.__dict__["save_pretrained"] = _refuse_to_save
     if model.config.tie_word_embeddings:
         model.get_submodule(HEAD).weight = model.get_input_embeddings().weight
     _recompute_buffers(model, device)
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise UnsupportedError(
+        "save_pretrained: the packed 4-bit layers of a model from nybble.load have no format on disk that other "
+        "programs read. Keep the folder that it was loaded from."
+    )
 
 
 def _convert(tensor: Tensor, dtype: torch.dtype, checkpoint: Checkpoint, name: str) -> Tensor:

@@ -54,17 +54,13 @@ class Plan:
             grid: blocks in x, y, z.
             arguments: pointers and 64-bit integers as ``int``, doubles as ``float``, as the kernel declares them.
         """
-        if torch.cuda.current_device() != self.device:
+        if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                self._launch(grid, arguments)
-        else:
-            self._launch(grid, arguments)
-
-    def _launch(self, grid: tuple[int, int, int], arguments: tuple[int | float, ...]) -> None:
+                return self.launch(grid, *arguments)
         raw = torch._C._cuda_getCurrentRawStream(self.device)
         stream = self._streams.get(raw) or self._stream(raw)
         config = self._configs.get(grid) or self._config(grid)
-        _launch(stream, config, self._kernel, *arguments)
+        return _launch(stream, config, self._kernel, *arguments)
 
     def _config(self, grid: tuple[int, int, int]) -> Any:
         if len(self._configs) >= _MAX_KEPT:

@@ -6,14 +6,13 @@ import importlib
 from typing import Any
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
 from nybble.bench.peers import Inapplicable, Peer
 from nybble.bench.timing import Call
 from nybble.ops.case import Case
 from nybble.ops.norm.cases import EPS
-
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

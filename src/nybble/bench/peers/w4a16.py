@@ -118,7 +118,9 @@ def _marlin(case: Case, inputs: Any) -> Call:
     if weight.g_idx is not None:
         groups, order = marlin_utils.marlin_sort_g_idx(weight.g_idx)
     packed = ops.gptq_marlin_repack(pack_gptq(weight)["qweight"], order, k, n, 4)
-    scales = marlin_utils.marlin_permute_scales(weight.scales.to(x.dtype), k, n, -1 if per_channel else weight.group_size)
+    scales = marlin_utils.marlin_permute_scales(
+        weight.scales.to(x.dtype), k, n, -1 if per_channel else weight.group_size
+    )
     zeros = empty if symmetric else marlin_utils.marlin_zero_points(weight.zeros.int(), weight.groups, n, 4)
     types = _scalar_types()
     gemm = getattr(ops, "marlin_gemm", None) or ops.gptq_marlin_gemm
@@ -168,9 +170,7 @@ def _machete(case: Case, inputs: Any) -> Call:
     types = _scalar_types()
     kind = types.uint4b8 if symmetric else types.uint4
     words = pack_gptq(weight)["qweight"]
-    packed = ops.machete_prepack_B(
-        words.t().contiguous().t(), a_type=x.dtype, b_type=kind, group_scales_type=x.dtype
-    )
+    packed = ops.machete_prepack_B(words.t().contiguous().t(), a_type=x.dtype, b_type=kind, group_scales_type=x.dtype)
     scales = weight.scales.to(x.dtype).contiguous()
     # It adds the zero after the scale, so the zero point goes in scaled and negated.
     zeros = None if symmetric else (-weight.zeros.float() * weight.scales.float()).to(x.dtype).contiguous()

@@ -25,7 +25,7 @@ from nybble.runtime.source import PACKAGE, Source
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL = PACKAGE / "ops" / "norm" / "norm.cu"
 
-_PLANS: dict[tuple[Any, ...], Plan | None] = {}
+_INF = float("inf")
 
 
 def check(
@@ -70,11 +70,11 @@ def check(
             raise wrong_value(function, name, f"shape [hidden] = [{shape[-1]}]", list(tensor.shape))
     if len(vectors) == 4 and (vectors[1] is None) != (vectors[3] is None):
         raise wrong_value(function, names[-1], f"both {names[-3]} and {names[-1]}, or neither", "one of them")
-    if not 0.0 <= eps < float("inf"):
+    if not 0.0 <= eps < _INF:
         raise wrong_value(function, "eps", "a finite number >= 0", eps)
 
 
-def _on_cpu(function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...], eps: float) -> Any:
+def _reference(function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...], eps: float) -> Any:
     form = cost.FORMS[function]
     pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
     after = rows[-1] if form.after else None
@@ -83,45 +83,15 @@ def _on_cpu(function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | Non
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _on_cuda(
-    function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...], eps: float, variant: str
-) -> Any:
-    rows = tuple([t if t.is_contiguous() else t.contiguous() for t in rows])
-    vectors = tuple([t if t is None or t.is_contiguous() else t.contiguous() for t in vectors])
-    x = rows[0]
-    hidden, device = x.shape[-1], x.get_device()
-    count = x.numel() // hidden
-    pointers = [t.data_ptr() for t in rows]
-    weights = [0 if t is None else t.data_ptr() for t in vectors]
-    together = 0
-    for pointer in (*pointers, *weights):
-        together |= pointer
-    bias = weights[1] != 0 if len(weights) > 1 else False
-    key = (function, x.dtype, hidden, bias, together & 15 == 0, count.bit_length(), variant, device)
-    try:
-        plan = _PLANS[key]
-    except KeyError:
-        plan = _PLANS[key] = _make(cost.Spec(*key[:5], 1 << key[5], variant), device)
-    if plan is None:
-        return _on_cpu(function, rows, vectors, eps)
-    return _launch(plan, cost.FORMS[function], x, pointers, weights, count, eps)
-
-
-def _launch(
-    plan: Plan, form: cost.Form, x: Tensor, pointers: list[int], weights: list[int], count: int, eps: float
-) -> Any:
+def _launch(plan: Plan, form: cost.Form, x: Tensor, pointers: list[int], count: int, eps: float) -> Any:
+    """Allocate the outputs and launch. ``pointers`` are the kernel's inputs, in its order, unused ones 0."""
     y1 = torch.empty_like(x)
     y2 = torch.empty_like(x) if form.norms == 2 else None
     total = torch.empty_like(x) if form.store_sum else None
     if count:
-        after = pointers.pop() if form.after else 0
         plan.launch(
             (count, 1, 1),
             *pointers,
-            *(0,) * (3 - len(pointers)),
-            after,
-            *weights,
-            *(0,) * (4 - len(weights)),
             y1.data_ptr(),
             0 if y2 is None else y2.data_ptr(),
             0 if total is None else total.data_ptr(),
@@ -168,14 +138,15 @@ def _empty(form: cost.Form, x: Tensor) -> Any:
 def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
     """Register one function; its first ``tensors`` arguments are ``[..., hidden]``, the rest ``[hidden]``."""
     form = cost.FORMS[function]
+    # The kernel takes x0 x1 x2 after w1 b1 w2 b2: zeros fill what this function does not have.
+    fill = [0] * (3 - form.addends) if form.after else [0] * (4 - tensors)
+    tail = [0] * (4 - (len(names) - tensors))
+    plans: dict[tuple[Any, ...], Plan | None] = {}
 
     def split(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], float, str]:
         rows, vectors = arguments[:tensors], arguments[tensors:-2]
-        eps, variant = arguments[-2:]
-        check(function, names, rows, vectors, eps)
-        if form.rms:
-            vectors = (*vectors, None)
-        return rows, vectors, eps, variant
+        check(function, names, rows, vectors, arguments[-2])
+        return rows, (*vectors, None) if form.rms else vectors, arguments[-2], arguments[-1]
 
     def cpu(*arguments: Any) -> Any:
         rows, vectors, eps, variant = split(arguments)
@@ -183,19 +154,59 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
             x = rows[0]
             spec = cost.Spec(function, x.dtype, x.shape[-1], vectors[1] is not None, True, 1, variant)
             cost.choose(spec, None)  # raises: unknown, or refused with its reason
-        return _on_cpu(function, rows, vectors, eps)
+        return _reference(function, rows, vectors, eps)
 
     def cuda(*arguments: Any) -> Any:
-        rows, vectors, eps, variant = split(arguments)
-        return _on_cuda(function, rows, vectors, eps, variant)
+        """The warm path: one look at each tensor, one at the plans, the launch. What looks odd goes to `careful`."""
+        x, eps, variant = arguments[0], arguments[-2], arguments[-1]
+        dtype, shape, device = x.dtype, x.shape, x.get_device()
+        pointers: list[int] = []
+        together = 0
+        for t in arguments[:tensors]:
+            if t.dtype is not dtype or t.shape != shape or t.get_device() != device or not t.is_contiguous():
+                return careful(arguments)
+            pointer = t.data_ptr()
+            together |= pointer
+            pointers.append(pointer)
+        if form.after:
+            pointers[1:1] = fill
+        else:
+            pointers += fill
+        width = shape[-1:]
+        for t in arguments[tensors:-2]:
+            if t is None:
+                pointers.append(0)
+                continue
+            if t.dtype is not dtype or t.shape != width or t.get_device() != device or not t.is_contiguous():
+                return careful(arguments)
+            pointer = t.data_ptr()
+            together |= pointer
+            pointers.append(pointer)
+        pointers += tail
+        count = x.numel() // shape[-1] if width and shape[-1] else 0
+        key = (dtype, shape[-1:], pointers[5] != 0, together & 15 == 0, count.bit_length(), variant, device)
+        try:
+            plan = plans[key]
+        except KeyError:
+            split(arguments)
+            spec = cost.Spec(function, dtype, shape[-1], key[2], key[3], 1 << key[4], variant)
+            plan = plans[key] = _make(spec, device)
+        if plan is None or not 0.0 <= eps < _INF or (form.norms == 2 and (not pointers[5]) != (not pointers[7])):
+            rows, vectors, eps, _ = split(arguments)
+            return _reference(function, rows, vectors, eps)
+        return _launch(plan, form, x, pointers, count, eps)
+
+    def careful(arguments: tuple[Any, ...]) -> Any:
+        """Refuse with the reason, or make every tensor contiguous and go on."""
+        split(arguments)
+        return cuda(*(t.contiguous() if isinstance(t, Tensor) else t for t in arguments))
 
     def fake(*arguments: Any) -> Any:
         return _empty(form, split(arguments)[0][0])
 
     typed = ", ".join(f"Tensor{'?' if name.startswith('b') else ''} {name}" for name in names)
-    returns = (
-        "Tensor" if form.norms + form.store_sum == 1 else f"({', '.join(['Tensor'] * (form.norms + form.store_sum))})"
-    )
+    outputs = form.norms + form.store_sum
+    returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     return register(f"{function}({typed}, float eps, str variant) -> {returns}", cpu=cpu, cuda=cuda, fake=fake)
 
 

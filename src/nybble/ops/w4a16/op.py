@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.formats.tiles import PackedWeight, packed_groups, tiles
-from nybble.ops.register import register
+from nybble.formats.tiles import PackedWeight
+from nybble.ops.register import eager, register
 from nybble.ops.w4a16 import cost
 from nybble.ops.w4a16.reference import linear
 from nybble.runtime import hardware
@@ -24,142 +24,79 @@ KERNEL = PACKAGE / "ops" / "w4a16" / "mma.cu"
 _PLANS: dict[tuple[Any, ...], tuple[Plan, int] | None] = {}
 
 
-def check(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    group_size: int,
-) -> None:
-    """Refuse what no variant computes; the same on every device and under tracing.
+def check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    """Refuse what no variant computes; the same on every device and under tracing. The weight has checked itself.
 
     Raises:
-        TypeError: a dtype. ValueError: a shape, device or value.
+        TypeError: a dtype. ValueError: a shape or a device.
     """
-    k, n, device = in_features, out_features, x.device
+    k, n = weight.in_features, weight.out_features
     if x.dtype not in DTYPES:
         raise wrong_type(FUNCTION, "x", "float16, bfloat16 or float32", x.dtype)
     if x.dim() == 0 or x.shape[-1] != k:
         raise wrong_value(FUNCTION, "x", f"shape [..., in_features] = [..., {k}]", list(x.shape))
-    if k < 8 or n < 8 or k % 8 or n % 8 or group_size < 1:
-        raise wrong_value(FUNCTION, "weight", "K and N positive multiples of 8", f"K = {k}, N = {n}")
-    n_tiles, groups = tiles(n), packed_groups(k, group_size)
-    if qweight.dtype != torch.int32:
-        raise wrong_type(FUNCTION, "weight.qweight", torch.int32, qweight.dtype)
-    if qweight.shape != (n_tiles, tiles(k), 512) or not qweight.is_contiguous():
-        raise wrong_value(
-            FUNCTION, "weight.qweight", f"contiguous [{n_tiles}, {tiles(k)}, 512]", list(qweight.shape), _PACK
-        )
-    if scales.dtype not in DTYPES:
-        raise wrong_type(FUNCTION, "weight.scales", "float16, bfloat16 or float32", scales.dtype)
-    if scales.shape != (n_tiles, groups, 64) or not scales.is_contiguous():
-        raise wrong_value(FUNCTION, "weight.scales", f"contiguous [{n_tiles}, {groups}, 64]", list(scales.shape), _PACK)
-    if qzeros is not None:
-        if qzeros.dtype != torch.uint8:
-            raise wrong_type(FUNCTION, "weight.qzeros", torch.uint8, qzeros.dtype)
-        if qzeros.shape != (n_tiles, groups, 32) or not qzeros.is_contiguous():
-            raise wrong_value(
-                FUNCTION, "weight.qzeros", f"contiguous [{n_tiles}, {groups}, 32]", list(qzeros.shape), _PACK
-            )
-    if perm is not None:
-        if perm.dtype != torch.int32:
-            raise wrong_type(FUNCTION, "weight.perm", torch.int32, perm.dtype)
-        if perm.shape != (k,) or not perm.is_contiguous():
-            raise wrong_value(FUNCTION, "weight.perm", f"contiguous [{k}]", list(perm.shape), _PACK)
     if bias is not None:
         if bias.dtype != x.dtype:
             raise wrong_type(FUNCTION, "bias", f"{x.dtype}, the dtype of x", bias.dtype)
         if bias.shape != (n,):
             raise wrong_value(FUNCTION, "bias", f"shape [out_features] = [{n}]", list(bias.shape))
-    for name, tensor in (
-        ("weight.qweight", qweight), ("weight.scales", scales), ("weight.qzeros", qzeros),
-        ("weight.perm", perm), ("bias", bias),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != device:
-            raise wrong_value(FUNCTION, name, f"device {device}, that of x", tensor.device)
+    names = ("weight.qweight", "weight.scales", "weight.qzeros", "weight.perm", "bias")
+    for name, tensor in zip(names, (*weight.tensors, bias), strict=True):
+        if tensor is not None and tensor.device != x.device:
+            raise wrong_value(FUNCTION, name, f"device {x.device}, that of x", tensor.device)
 
 
-_PACK = "Pack with PackedWeight.from_quantized."
+def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    return linear(x, *weight.tensors, bias, weight.in_features, weight.out_features, weight.group_size)
 
 
-def _cpu(x: Tensor, *arguments: Any) -> Tensor:
-    *weight, variant = arguments
-    check(x, *weight)
-    if variant not in ("auto", "reference"):
-        cost.choose(_spec(x, *weight, variant=variant), None)  # raises: unknown, or refused with its reason
-    return linear(x, *weight)
-
-
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    *weight, _ = arguments
-    check(x, *weight)
-    return x.new_empty((*x.shape[:-1], weight[6]))
-
-
-def _spec(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    group_size: int,
-    *,
-    variant: str,
-) -> cost.Spec:
-    rows = x.numel() // in_features
+def _spec(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) -> cost.Spec:
+    rows = x.numel() // weight.in_features
     return cost.Spec(
         1 << max(0, rows - 1).bit_length(),
-        out_features,
-        in_features,
-        group_size,
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
         x.dtype,
-        scales.dtype,
-        qzeros is not None,
-        perm is not None,
+        weight.scales.dtype,
+        weight.qzeros is not None,
+        weight.perm is not None,
         bias is not None,
         variant,
     )
 
 
-def _cuda(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    group_size: int,
-    variant: str,
-) -> Tensor:
-    weight = (qweight, scales, qzeros, perm, bias, in_features, out_features, group_size)
-    check(x, *weight)
-    device, rows = x.get_device(), x.numel() // in_features
-    spec = _spec(x, *weight, variant=variant)
-    key = (spec, device)
-    try:
+def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) -> Tensor:
+    """The warm path: one look at each tensor, one at the plans, the launch."""
+    qweight, scales, qzeros, perm = weight.qweight, weight.scales, weight.qzeros, weight.perm
+    device, shape, k, n = x.get_device(), x.shape, weight.in_features, weight.out_features
+    rows = x.numel() // k
+    key = (
+        k, n, weight.group_size, x.dtype, scales.dtype, qzeros is None, perm is None, bias is None,
+        (rows - 1).bit_length(), variant, device,
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if (
+        plan is None
+        or shape[-1] != k
+        or qweight.get_device() != device
+        or scales.get_device() != device
+        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or not bias.is_contiguous()))
+    ):
+        check(x, weight, bias)
+        if key not in _PLANS:
+            _PLANS[key] = _make(_spec(x, weight, bias, variant), device)
         plan = _PLANS[key]
-    except KeyError:
-        plan = _PLANS[key] = _make(spec, device)
-    if plan is None:
-        return linear(x, *weight)
+        if plan is None:
+            return _reference(x, weight, bias)
+        bias = bias if bias is None else bias.contiguous()
     if not x.is_contiguous() or x.data_ptr() & 15:
         x = x.clone(memory_format=torch.contiguous_format)
-    y = x.new_empty((*x.shape[:-1], out_features))
+    y = x.new_empty((*shape[:-1], n))
     if rows:
         kernel, tile_m = plan
-        if bias is not None and not bias.is_contiguous():
-            bias = bias.contiguous()
         kernel.launch(
-            (-(-rows // tile_m), tiles(out_features), 1),
+            (-(-rows // tile_m), qweight.shape[0], 1),
             x.data_ptr(),
             qweight.data_ptr(),
             scales.data_ptr(),
@@ -199,6 +136,32 @@ def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
     return Plan(binary, device=device, threads=128 * config["SLICES"]), config["TILE_M"]
 
 
+# The operator takes the packed weight's fields one by one, as torch's schemas know no classes.
+
+
+def _fields(arguments: tuple[Any, ...]) -> tuple[PackedWeight, Tensor | None, str]:
+    qweight, scales, qzeros, perm, bias, in_features, out_features, group_size, variant = arguments
+    return PackedWeight(qweight, scales, qzeros, perm, in_features, out_features, group_size), bias, variant
+
+
+def _cpu(x: Tensor, *arguments: Any) -> Tensor:
+    weight, bias, variant = _fields(arguments)
+    check(x, weight, bias)
+    if variant not in ("auto", "reference"):
+        cost.choose(_spec(x, weight, bias, variant), None)  # raises: unknown, or refused with its reason
+    return _reference(x, weight, bias)
+
+
+def _cuda(x: Tensor, *arguments: Any) -> Tensor:
+    return _launch(x, *_fields(arguments))
+
+
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    weight, bias, _ = _fields(arguments)
+    check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.out_features))
+
+
 _w4a16 = register(
     "w4a16(Tensor x, Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? perm, Tensor? bias, "
     "int in_features, int out_features, int group_size, str variant) -> Tensor",
@@ -230,5 +193,9 @@ def w4a16_linear(x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None,
         row of ``y`` only.
     """
     if not isinstance(weight, PackedWeight):
-        raise wrong_type(FUNCTION, "weight", "a nybble.PackedWeight", type(weight).__name__, _PACK)
+        raise wrong_type(
+            FUNCTION, "weight", "a nybble.PackedWeight", type(weight).__name__, "Pack with PackedWeight.from_quantized."
+        )
+    if eager((x, bias)):
+        return _launch(x, weight, bias, variant)
     return _w4a16(x, *weight.tensors, bias, weight.in_features, weight.out_features, weight.group_size, variant)
