@@ -397,7 +397,7 @@ def quantize(work: Path) -> None:
 
 
 def dequantized(folder: Path) -> GPTNeoXForCausalLM:
-    """The checkpoint in `folder` as a plain fp32 model: ``W[k, n] = scale * (q - zero)``, unpacked here, not by GPTQModel."""
+    """The checkpoint in `folder` as a plain fp32 model: ``W[k, n] = scale * (q - zero)``, unpacked here."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, GPTNeoXForCausalLM
@@ -445,7 +445,7 @@ library_name: nybble
 # Nybble demo model
 
 A GPT-NeoX of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {heads} heads, parallel residual,
-a quarter of each head rotated, vocabulary {vocabulary}, {positions} positions) that writes text which looks like Python's
+a quarter of each head rotated, vocabulary {vocabulary}, {positions} positions) that writes text like Python's
 documentation and library source. It was trained from nothing on the text that ships with Python {python}, then
 quantised with {quantizer} to 4-bit GPTQ (group size {group_size}, symmetric, no act-order, format `{format}`).
 It exists so that tests, benchmarks and examples have a real checkpoint and a meaningful perplexity with nothing to

@@ -17,6 +17,7 @@ from nybble.ops import OPERATIONS
 from nybble.runtime.errors import CheckpointError, CompileError, UnsupportedError
 
 RUNNER = CliRunner()
+SOURCE = Path(__file__).resolve().parents[1] / "src"
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 
 
@@ -82,12 +83,13 @@ def text(tmp_path_factory) -> Path:
 
 def test_the_command_line_imports_nothing_heavy():
     code = "import sys, nybble.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=SOURCE, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_python_m_nybble_is_the_command_line():
-    done = subprocess.run([sys.executable, "-m", "nybble", "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "nybble", "--help"]
+    done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=True)
     for command in ("generate", "ppl", "info", "bench"):
         assert command in done.stdout
 

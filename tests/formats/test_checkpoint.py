@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -456,8 +457,18 @@ def test_a_broken_index(tmp_path: Path, text: str) -> None:
 
 
 def test_the_index_decides_where_a_tensor_stands_twice(tmp_path: Path) -> None:
-    shards = {"a.safetensors": {"x": torch.zeros(2)}, "b.safetensors": {"x": torch.ones(2)}}
+    shards = {"a.safetensors": {"x": torch.zeros(2), "y": torch.zeros(1)}, "b.safetensors": {"x": torch.ones(2)}}
     assert torch.equal(Checkpoint(write_shards(tmp_path, shards, GPTQ)).tensor("x"), torch.ones(2))
+
+
+def test_a_tensor_that_stands_twice_and_not_in_the_index_is_refused(tmp_path: Path) -> None:
+    shards = {file: {file[0]: torch.zeros(1), "x": torch.zeros(2)} for file in ("a.safetensors", "b.safetensors")}
+    folder = write_shards(tmp_path, shards, GPTQ)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder)
+    assert str(caught.value) == f"{folder / 'b.safetensors'}: x: is also in a.safetensors"
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "model.ckpt"])
