@@ -5,7 +5,7 @@ Stages, each reading what the one before left in ``--work``::
 
     corpus     standard-library source, docstrings and pydoc topics   -> train.jsonl, heldout.txt
     tokenizer  byte-level BPE                                          -> float/tokenizer.json
-    train      bf16 autocast on a CPU, AdamW, cosine schedule          -> float/ (safetensors, fp32)
+    train      bf16 autocast, AdamW, cosine schedule                   -> float/ (safetensors, fp32)
     quantize   GPTQModel, 4 bit, group 128, symmetric, no act-order    -> gptq/
     export     fp16, model card, licence                               -> src/nybble/assets/demo/
     evaluate   held-out perplexity and greedy continuations            -> evaluation.json
@@ -231,7 +231,7 @@ def encode_all(work: Path, texts: list[str]) -> torch.Tensor:
 
 
 def new_model(args: argparse.Namespace) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX with parallel residual and a quarter of each head rotated, as Pythia has it."""
+    """A GPT-NeoX with parallel residual and a quarter of each head rotated (the default), as Pythia has it."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
@@ -240,8 +240,9 @@ def new_model(args: argparse.Namespace) -> GPTNeoXForCausalLM:
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         intermediate_size=4 * args.hidden,
+        hidden_dropout=args.dropout,
+        attention_dropout=args.dropout,
         max_position_embeddings=args.positions,
-        rotary_pct=0.25,
         use_parallel_residual=True,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -287,7 +288,9 @@ def train(work: Path, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokens = encode_all(work, [d.text for d in read_corpus(work)])
     heldout = encode_all(work, (work / "heldout.txt").read_text(encoding="utf-8").split(END_OF_TEXT))
-    model = new_model(args).train()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(args).to(device).train()
+    heldout = heldout.to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -295,7 +298,7 @@ def train(work: Path, args: argparse.Namespace) -> None:
 
     checkpoint, first = work / "checkpoint.pt", 0
     if checkpoint.exists() and not args.restart:
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -304,13 +307,13 @@ def train(work: Path, args: argparse.Namespace) -> None:
     epochs = args.steps * per_step / len(tokens)
     print(f"train: {size:,} parameters, {len(tokens):,} tokens, {args.steps:,} steps, {epochs:.1f} epochs", flush=True)
 
-    started, loss_sum, counted = time.monotonic(), 0.0, 0
+    started, last_loss, loss_sum, counted = time.monotonic(), math.nan, 0.0, 0
     for step in range(first, args.steps):
         longer = 1 if step < 0.85 * args.steps else args.positions // args.length  # the last steps see every position
-        rows = windows(tokens, step, args.batch // longer, args.length * longer, args.seed)
+        rows = windows(tokens, step, args.batch // longer, args.length * longer, args.seed).to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
@@ -400,10 +403,10 @@ def dequantized(folder: Path) -> GPTNeoXForCausalLM:
     """The checkpoint in `folder` as a plain fp32 model: ``W[k, n] = scale * (q - zero)``, unpacked here."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, GPTNeoXForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     state = load_file(folder / "model.safetensors")
-    config = AutoConfig.from_pretrained(folder)
+    config = GPTNeoXConfig.from_pretrained(folder)
     delattr(config, "quantization_config")
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     for name in [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]:
@@ -540,6 +543,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="rows in a step")
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--dropout", type=float, default=0.0, help="while training; the saved model has it too, unused")
+    parser.add_argument("--device", default="", help="for train; default: cuda where there is one, else cpu")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=250)

@@ -101,8 +101,10 @@ def test_help_of_every_command(command):
 
 def test_mistakes_in_the_command_itself_are_one_line():
     assert mistake("sing") == "nybble: No such command 'sing'."
-    assert mistake("--loud") == "nybble: No such option: --loud"
-    assert mistake("generate", "--volume", 3).startswith("nybble generate: No such option: --volume")
+    for command, option in (([], "--loud"), (["generate"], "--volume")):  # releases of Typer differ in the punctuation
+        line = mistake(*command, option)
+        assert line.startswith(f"{' '.join(['nybble', *command])}: No such option")
+        assert option in line
     assert mistake("bench", "explain").startswith("nybble bench explain: Missing argument")
     assert mistake("generate", "--max-tokens", "many").startswith("nybble generate: Invalid value for '--max-tokens'")
 

@@ -129,7 +129,8 @@ def test_the_commit_is_that_of_the_source_and_says_when_it_is_changed(tmp_path):
     package.mkdir()
     (package / "a.py").write_text("1")
     git("init", "-q")
-    assert report.commit_of(package) == "unknown"  # nothing is tracked
+    git("commit", "-qm", "x", "--allow-empty")
+    assert report.commit_of(package) == "unknown"  # inside a repository that does not track it
     git("add", ".")
     git("commit", "-qm", "x")
     commit = git("rev-parse", "--short", "HEAD")

@@ -72,6 +72,14 @@ def test_nybbles_own_result_must_be_within_the_cases_tolerance_at_every_element(
     assert own.wrong.startswith("output 0 at (0,): ")
 
 
+def test_a_nan_of_nybbles_own_is_wrong(with_peers):
+    with_peers()
+    measured, _ = bench(fake.FakeCase(off=float("nan")))
+    own = measured["nybble", "reference"]
+    assert own.timing is None
+    assert own.wrong.startswith("output 0 at (0,): nan, expected ")
+
+
 def test_a_missing_peer_is_one_line(with_peers):
     with_peers(fake.MISSING, fake.RAISES, fake.INAPPLICABLE, fake.RIGHT)
     measured, notes = bench(fake.FakeCase())

@@ -70,7 +70,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.capturing: list | None = None
-        self.ticks = 0
+        self.ticks = self.slow = 0
         self.replays: list[object] = []
         outer = self
 
@@ -80,7 +80,7 @@ class FakeCuda:
 
             def replay(self) -> None:
                 outer.replays.append(self)
-                outer.ticks += 10
+                outer.ticks += 10 if len(outer.replays) > outer.slow else 1000
 
         class Event:
             def __init__(self, enable_timing: bool) -> None:
@@ -157,6 +157,12 @@ def test_providers_are_replayed_in_turn(cuda):
     assert cuda.replays == [one, other, other, one] * 2 + [one, other]
 
 
+def test_the_first_rounds_only_warm_up(cuda):
+    cuda.slow = 2
+    (measured,) = on_cuda([timing.Call(torch.neg, (torch.ones(1),))])
+    assert measured.us_p10 == measured.us == measured.us_p90 == 10 * 1e3 / 8
+
+
 def test_a_call_that_cannot_be_captured_is_timed_with_events(cuda):
     def call(x: torch.Tensor) -> None:
         if cuda.capturing is not None:
@@ -166,6 +172,7 @@ def test_a_call_that_cannot_be_captured_is_timed_with_events(cuda):
     (measured,) = on_cuda([timing.Call(call, (torch.ones(1),))])
     assert measured.how == "events"
     assert measured.us == 1e3
+    assert measured.why == "RuntimeError: operation not permitted when stream is capturing"
     assert cuda.replays == []
 
 

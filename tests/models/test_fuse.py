@@ -114,6 +114,7 @@ def test_inputs_embeds_and_tuple_output(make_model: MakeModel, ids: torch.Tensor
     close(model(inputs_embeds=embeds).logits, expected)
     assert report.calls() == calls_per_forward(3, parallel=True)
     close(model(ids, return_dict=False)[0], expected)
+    assert isinstance(model.base_model(ids, return_dict=False), tuple)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model(ids, inputs_embeds=embeds)
 
@@ -221,7 +222,7 @@ def test_autocast_takes_the_original(make_model: MakeModel, ids: torch.Tensor) -
 def test_a_norm_changed_afterwards_takes_the_original(make_model: MakeModel, ids: torch.Tensor) -> None:
     model = neox(make_model)
     report = nybble.fuse(model)
-    model.gpt_neox.layers[2].input_layernorm = nn.Identity()  # type: ignore[union-attr, index]
+    model.gpt_neox.layers[2].input_layernorm = nn.Identity().eval()  # type: ignore[union-attr, index]
     got = model(ids).logits
     report.undo()
     assert torch.equal(got, model(ids).logits) and report.calls() == {}
@@ -304,13 +305,46 @@ def test_fusing_twice_changes_nothing(make_model: MakeModel, ids: torch.Tensor, 
     assert second.calls() == first.calls() != {}
 
 
-def test_compiles_without_a_graph_break(make_model: MakeModel, ids: torch.Tensor) -> None:
-    model = neox(make_model)
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+def test_compiles_once_without_a_graph_break(make_model: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    model = make_model(kind)
     expected = model(ids).logits
-    nybble.fuse(model)
+    report = nybble.fuse(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         close(compiled(ids, use_cache=False).logits, expected)
+        model(ids)  # the count of calls moves on, and must not be part of the compiled graph
+        calls = report.calls()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            close(compiled(ids, use_cache=False).logits, expected)
+    assert report.calls() == calls
+
+
+def test_compiled_decode_with_a_static_cache(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = neox(make_model)
+    expected = model(ids).logits
+    nybble.fuse(model)
+    cache: Any = StaticCache(config=model.config, max_cache_len=32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        steps = [model(ids[:, :6], past_key_values=cache, use_cache=True).logits]
+        for i in range(6, ids.shape[1]):
+            position = torch.full((2, 1), i)
+            out = compiled(ids[:, i : i + 1], position_ids=position, past_key_values=cache, use_cache=True)
+            steps.append(out.logits)
+    close(torch.cat(steps, 1), expected)
+
+
+def test_a_quantised_model_compiles_without_a_graph_break() -> None:
+    model = nybble.load(FIXTURES / "llama_v2_asym_actorder_g32", device="cpu")
+    ids = torch.arange(20).reshape(2, 10)
+    expected = model(ids).logits
+    nybble.fuse(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):  # the second time a weight is held by every layer
+        with torch.no_grad():
+            close(compiled(ids, use_cache=False).logits, expected)
+            close(model(ids).logits, expected)
 
 
 def test_a_quantised_checkpoint() -> None:

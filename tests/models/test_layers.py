@@ -11,8 +11,8 @@ from nybble.models.layers import W4A16Linear
 K, N, GROUP = 96, 40, 32
 
 
-def make_layer(seed: int, *, full: bool) -> W4A16Linear:
-    """A layer with zero points, act-order and bias, or with none of them."""
+def make_weight(seed: int, *, full: bool) -> tuple[QuantizedWeight, torch.Tensor | None]:
+    """A weight with zero points and act-order, and a bias; or with none of them."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 16, (K, N), generator=generator, dtype=torch.uint8)
     zeros = torch.full((K // GROUP, N), 8, dtype=torch.uint8)
@@ -22,17 +22,21 @@ def make_layer(seed: int, *, full: bool) -> W4A16Linear:
         g_idx = (torch.randperm(K, generator=generator) // GROUP).to(torch.int32)
         bias = torch.randn(N, generator=generator)
     scales = torch.rand(K // GROUP, N, generator=generator).half()
-    packed = PackedWeight.from_quantized(QuantizedWeight(q, zeros, scales, GROUP, g_idx))
-    return W4A16Linear.from_packed(packed, bias)
+    return QuantizedWeight(q, zeros, scales, GROUP, g_idx), bias
+
+
+def make_layer(seed: int, *, full: bool) -> W4A16Linear:
+    weight, bias = make_weight(seed, full=full)
+    return W4A16Linear.from_packed(PackedWeight.from_quantized(weight), bias)
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_forward_is_the_operation(full: bool) -> None:
     layer, x = make_layer(0, full=full), torch.randn(2, 3, K)
-    weight = layer.packed().unpack().dequantize()
-    expected = x @ weight + (layer.bias if layer.bias is not None else 0)
+    weight, bias = make_weight(0, full=full)
+    expected = x @ weight.dequantize() + (0 if bias is None else bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(layer(x), w4a16_linear(x, layer.packed(), bias=layer.bias))
+    assert torch.equal(layer(x), w4a16_linear(x, PackedWeight.from_quantized(weight), bias=bias))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -42,6 +46,22 @@ def test_state_dict_carries_everything(full: bool) -> None:
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(other(x), layer(x))
+
+
+def test_the_held_weight_follows_the_parameters() -> None:
+    layer, other, x = make_layer(0, full=True), make_layer(1, full=True), torch.randn(2, K)
+    expected = other(x)
+    assert layer.packed() is layer.packed()
+    assert not torch.equal(layer(x), expected)
+    for name, parameter in other.named_parameters():
+        setattr(layer, name, parameter)
+    assert torch.equal(layer(x), expected)
+    fresh = make_layer(0, full=True)
+    fresh(x)
+    fresh.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(fresh(x), expected)
+    twin = copy.deepcopy(fresh)
+    assert twin.packed().qweight is twin.qweight
 
 
 def test_deepcopy_shares_nothing() -> None:

@@ -157,7 +157,8 @@ def bench_case(
         )
     for (measurement, _), timing in zip(right, timings, strict=True):
         if isinstance(timing, Timing) and timing.how == "events":
-            note(f"{measurement.provider}/{measurement.variant}: can't be captured; timed with the host's gaps in it")
+            who = f"{measurement.provider}/{measurement.variant}"
+            note(f"{who}: timed with the host's gaps in it, as no graph could capture it: {timing.why}")
     results = iter(timings)
     done = [entry if isinstance(entry, Measurement) else _timed(entry[0], next(results)) for entry in checked]
     del inputs, checked, right

@@ -61,6 +61,7 @@ class Timing:
         us, us_p10, us_p90: device time on CUDA, wall time on a CPU.
         host_us: wall time of a warm eager call that waits for nothing; ``None`` on a CPU, where ``us`` is that.
         how: ``"graph"``, ``"events"`` (eager calls between two events: the host's gaps are in it) or ``"wall"``.
+        why: for ``"events"``, what kept the call from being captured.
     """
 
     us: float
@@ -68,6 +69,7 @@ class Timing:
     us_p90: float
     host_us: float | None
     how: str
+    why: str = ""
 
 
 def rotation(bytes_per_call: int, l2_bytes: int, floor_us: float) -> Rotation:
@@ -151,11 +153,12 @@ class _Prepared:
         self.copies = [copy.deepcopy(call.arguments) for _ in range(turns.copies)]
         self._warm_up()
         self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        self.why = ""
         try:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._queue()
-        except Exception:  # a peer that waits for the host can't be captured: events around eager calls do for it
-            self.graph = None
+        except Exception as error:  # a call that waits for the host: events around eager calls do for it
+            self.graph, self.why = None, one_line(error)
             torch.cuda.synchronize()
             self._warm_up()
         self.samples: list[float] = []
@@ -181,12 +184,14 @@ class _Prepared:
             self.graph.replay()
 
     def timing(self) -> Timing:
-        return Timing(*spread(self.samples), self._host_us(), "events" if self.graph is None else "graph")
+        how = "events" if self.graph is None else "graph"
+        return Timing(*spread(self.samples), self._host_us(), how, self.why)
 
     def _host_us(self) -> float:
         function, copies = self.call.function, self.copies
-        samples = []
-        for _ in range(20):
+        samples: list[float] = []
+        began = time.perf_counter()
+        while len(samples) < 5 or (len(samples) < 20 and time.perf_counter() - began < 0.5):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for index in range(HOST_BATCH):

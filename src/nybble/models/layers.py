@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from nybble.formats.tiles import PackedWeight
@@ -41,6 +42,7 @@ class W4A16Linear(nn.Module):
         for name in ("qweight", "scales", "qzeros", "perm"):
             self.register_parameter(name, _constant(getattr(weight, name)))
         self.register_parameter("bias", _constant(bias))
+        self._packed: PackedWeight | None = None
 
     @classmethod
     def from_packed(cls, weight: PackedWeight, bias: Tensor | None = None) -> W4A16Linear:
@@ -49,7 +51,17 @@ class W4A16Linear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight as the operation takes it, sharing this layer's tensors."""
-        return PackedWeight(
+        held, own = self._packed, self._parameters
+        # Making one checks every tensor, which takes longer than a launch: keep it while the parameters are the same.
+        if (
+            held is not None
+            and held.qweight is own["qweight"]
+            and held.scales is own["scales"]
+            and held.qzeros is own["qzeros"]
+            and held.perm is own["perm"]
+        ):
+            return held
+        weight = PackedWeight(
             qweight=self.qweight,
             scales=self.scales,
             qzeros=self.qzeros,
@@ -58,6 +70,9 @@ class W4A16Linear(nn.Module):
             out_features=self.out_features,
             group_size=self.group_size,
         )
+        if not torch.compiler.is_compiling():
+            self._packed = weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, the dtype of ``x``."""

@@ -181,7 +181,7 @@ def _sequential(self: GPTNeoXModel, hidden: Tensor, attention_arguments: dict[st
 def _needs_original(self: GPTNeoXModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call wants something that only the original forward gives."""
     config, final = self.config, self.final_layer_norm
-    if self.training or kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
+    if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
         return True
     for key in ("output_hidden_states", "output_attentions"):
         asked = kwargs.get(key, getattr(config, key, False))
@@ -202,27 +202,23 @@ def _needs_original(self: GPTNeoXModel, args: tuple[Any, ...], kwargs: dict[str,
 
 def _layer_is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
     # Through _modules and __dict__: nn.Module's attribute access costs three times as much, and this runs every token.
-    children = layer._modules
+    children = layer.__dict__["_modules"]
     if not _bypassable(layer):
         return False
     for name in _BYPASSED:
-        child = children[name]
-        if child is None or not _bypassable(child):
+        if not _bypassable(children[name]):
             return False
     first, second = children["input_layernorm"], children["post_attention_layernorm"]
-    return (
-        type(first) is nn.LayerNorm
-        and type(second) is nn.LayerNorm
-        and first.eps == second.eps
-        and (first.bias is None) == (second.bias is None)
-        and first.weight.dtype == dtype
-    )
+    if type(first) is not nn.LayerNorm or type(second) is not nn.LayerNorm or first.eps != second.eps:
+        return False
+    one, two = first.__dict__["_parameters"], second.__dict__["_parameters"]
+    return one["weight"].dtype is dtype and (one["bias"] is None) is (two["bias"] is None)
 
 
 def _bypassable(module: nn.Module) -> bool:
     """No dropout at work, no replaced forward, no hooks but those that transformers installs once and leaves asleep."""
     state = module.__dict__
-    if module.training or "forward" in state or state["_forward_pre_hooks"]:
+    if state["training"] or state["_forward_pre_hooks"] or "forward" in state:
         return False
     hooks = state["_forward_hooks"]
     return not hooks or all(getattr(hook, "__module__", "") == _CAPTURE for hook in hooks.values())

@@ -5,14 +5,14 @@
 //               fp32 sum of a group (or of 64 of its features), so a weight is never rounded
 // Tensors       x: X [M, K]; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
 //               [N64, GROUPS, 32] or null (8 everywhere); perm: int32 [K] or null; bias: X [N] or null; y: X [M, N].
-//               N64 = ceil(N / 64), K64 = ceil(K / 64); x, y, qweight 16-byte aligned
+//               N64 = ceil(N / 64), K64 = ceil(K / 64); x, y, qweight, bias 16-byte aligned
 // Layout        formats/tiles.py has the diagram. A warp owns 16 output features and reads, for 64 input features, one
 //               uint4 a lane: word j is the A fragment of features 16 j .. 16 j + 15. Scales lie so that a lane's two
 //               rows (g and g + 8 of the 16) are neighbours; so do the two nibbles of their zero points
 // Mapping       block (i, j) -> rows TILE_M * i .., output features 64 * j ..; 4 warps share the 64 features; SLICES such
 //               teams take every SLICES-th chunk of 64 input features and add up at the end, in a fixed order
-// Shared memory tile: x, SLICES * 2 stages of [TILE_M][72] X; then, in the same bytes, the slices' sums
-//               [SLICES - 1][TILE_M / 2][128] float; then y [TILE_M][72] X
+// Shared memory shared: x, SLICES * 2 stages of [TILE_M][72] X; then, in the same bytes, the slices' sums,
+//               [SLICES][TILE_M][68] float
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: multiple of 16 or >= K;
 //               TILE_M: 8, 16, 32, 64; SLICES: 1..8; ZEROS, PERM, BIAS: 0/1
 // Roof          few rows: N * K / 2 bytes of weights; many rows: 2 * M * N * K flops
@@ -20,6 +20,7 @@
 #include "copy.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
+#include "vectors.cuh"
 
 static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
 static_assert(GROUP % 16 == 0 || GROUP >= K, "a group is a multiple of 16 input features, or all of them");
@@ -36,11 +37,11 @@ constexpr int MBLOCKS = TILE_M / 8;
 constexpr int STRIDE = 64 + 8;           // 144 bytes a row: ldmatrix meets no bank twice
 constexpr int STAGE = TILE_M * STRIDE;   // elements of one stage
 
+constexpr int SUM_STRIDE = 64 + 4;       // floats of a row of partial sums
+
 constexpr int X_BYTES = SLICES * 2 * STAGE * sizeof(X);
-constexpr int SUM_BYTES = (SLICES - 1) * 128 * TILE_M / 2 * sizeof(float);
-constexpr int Y_BYTES = STAGE * sizeof(X);
-constexpr int MOST = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
-constexpr int BYTES = MOST > Y_BYTES ? MOST : Y_BYTES;
+constexpr int SUM_BYTES = SLICES * TILE_M * SUM_STRIDE * sizeof(float);
+constexpr int BYTES = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
 static_assert(BYTES <= 48 * 1024, "the tile must fit the 48 KB that need no special launch");
 
 extern "C" __global__ void __launch_bounds__(128 * SLICES, 1)
@@ -139,46 +140,34 @@ mma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* 
         }
     }
 
-    // Phase 4: add up the slices, in order, so that the result never depends on timing.
-    if constexpr (SLICES > 1) {
-        float* sums = reinterpret_cast<float*>(shared);
-        __syncthreads();
-        if (slice > 0) {
+    // Phase 4: every slice puts its sums where x was. 68 floats a row: the 32 lanes of a store meet 32 banks.
+    float* sums = reinterpret_cast<float*>(shared);
+    __syncthreads();
 #pragma unroll
-            for (int i = 0; i < MBLOCKS * 4; ++i)
-                sums[((slice - 1) * MBLOCKS * 4 + i) * 128 + member] = total[i / 4][i % 4];
-        }
-        __syncthreads();
-        if (slice == 0) {
-#pragma unroll
-            for (int i = 0; i < MBLOCKS * 4; ++i) {
-                for (int other = 0; other < SLICES - 1; ++other)
-                    total[i / 4][i % 4] += sums[(other * MBLOCKS * 4 + i) * 128 + member];
-            }
-        }
-        __syncthreads();
-    } else {
-        __syncthreads();
-    }
-
-    // Phase 5: bias, one rounding, and through shared memory to rows of 16-byte stores.
-    X* out = reinterpret_cast<X*>(shared);
-    if (slice == 0) {
-#pragma unroll
-        for (int i = 0; i < MBLOCKS * 4; ++i) {
-            const int feature = strip * 16 + row8 + i % 4 / 2 * 8, row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            float value = total[i / 4][i % 4];
-            if constexpr (BIAS) {
-                if (tile_n * 64 + feature < N) value += to_float(bias[tile_n * 64 + feature]);
-            }
-            out[row * STRIDE + feature] = from_float<X>(value);
-        }
+    for (int i = 0; i < MBLOCKS * 4; ++i) {
+        const int row = i / 4 * 8 + lane % 4 * 2 + i % 2, feature = strip * 16 + row8 + i % 4 / 2 * 8;
+        sums[(slice * TILE_M + row) * SUM_STRIDE + feature] = total[i / 4][i % 4];
     }
     __syncthreads();
+
+    // Phase 5: add the slices in order, so that the result never depends on timing; bias; one rounding; 16-byte stores.
     for (int piece = threadIdx.x; piece < TILE_M * 8; piece += 128 * SLICES) {
-        const int row = piece / 8, column = piece % 8 * 8;
-        if (first_row + row < rows && tile_n * 64 + column < N)
-            *reinterpret_cast<uint4*>(y + (first_row + row) * N + tile_n * 64 + column) =
-                *reinterpret_cast<const uint4*>(out + row * STRIDE + column);
+        const int row = piece / 8, column = piece % 8 * 8, feature = tile_n * 64 + column;
+        if (first_row + row >= rows || feature >= N) continue;
+        float value[8] = {};
+#pragma unroll
+        for (int part = 0; part < SLICES; ++part) {
+            const float4* from = reinterpret_cast<const float4*>(sums + (part * TILE_M + row) * SUM_STRIDE + column);
+            const float4 low = from[0], high = from[1];
+            value[0] += low.x, value[1] += low.y, value[2] += low.z, value[3] += low.w;
+            value[4] += high.x, value[5] += high.y, value[6] += high.z, value[7] += high.w;
+        }
+        if constexpr (BIAS) {
+            float extra[8];
+            load_vector(bias + feature, extra);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) value[e] += extra[e];
+        }
+        store_vector(y + (first_row + row) * N + feature, value);
     }
 }

@@ -66,6 +66,11 @@ def _spec(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) ->
     )
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Contiguous and 16-byte aligned, as the kernels read it."""
+    return tensor.is_contiguous() and tensor.data_ptr() & 15 == 0
+
+
 def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) -> Tensor:
     """The warm path: one look at each tensor, one at the plans, the launch."""
     qweight, scales, qzeros, perm = weight.qweight, weight.scales, weight.qzeros, weight.perm
@@ -81,7 +86,7 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) 
         or shape[-1] != k
         or qweight.get_device() != device
         or scales.get_device() != device
-        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or not bias.is_contiguous()))
+        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or not _plain(bias)))
     ):
         check(x, weight, bias)
         if key not in _PLANS:
@@ -89,8 +94,8 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) 
         plan = _PLANS[key]
         if plan is None:
             return _reference(x, weight, bias)
-        bias = bias if bias is None else bias.contiguous()
-    if not x.is_contiguous() or x.data_ptr() & 15:
+        bias = bias if bias is None or _plain(bias) else bias.clone(memory_format=torch.contiguous_format)
+    if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty((*shape[:-1], n))
     if rows:

@@ -1,0 +1,82 @@
+"""Whole models on a GPU against the same folders on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nybble
+from nybble.models.generate import generate_tokens, perplexity
+from nybble.models.layers import W4A16Linear
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
+FOLDERS = pytest.mark.parametrize("folder", sorted(FIXTURES.iterdir()), ids=lambda folder: folder.name)
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+PROMPT = list(range(1, 13))
+
+
+@FOLDERS
+def test_packing_on_the_gpu_gives_the_same_bytes(folder: Path) -> None:
+    here = nybble.load(folder, device="cpu", dtype=torch.float16).state_dict()
+    there = nybble.load(folder, device="cpu", dtype=torch.float16).state_dict()
+    assert list(here) == list(there)
+    for name, tensor in there.items():
+        assert torch.equal(tensor.cpu(), here[name]), name
+
+
+@FOLDERS
+def test_the_default_device_and_dtype(folder: Path) -> None:
+    model = nybble.load(folder,device="cpu",dtype=torch.float16)
+    assert {p.device.type for p in model.parameters()} == {b.device.type for b in model.buffers()} | {"cpu"}
+    assert model.dtype == torch.float16
+
+
+@FOLDERS
+@HALVES
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_greedy_tokens_are_the_cpus_but_for_ties(folder: Path, dtype: torch.dtype, fused: bool) -> None:
+    model = nybble.load(folder, device="cpu", dtype=dtype)
+    assert any(isinstance(m, W4A16Linear) for m in model.modules())
+    report = nybble.fuse(model) if fused else None
+    tokens = list(generate_tokens(model, PROMPT, max_new_tokens=16))
+    exact = nybble.load(folder, device="cpu", dtype=torch.float32)
+    logits = exact(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
+    spread = float(logits.max() - logits.min())
+    behind = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    assert float(behind.max()) <= spread * (0.01 if dtype is torch.float16 else 0.05)
+    if report is not None:
+        assert sum(report.calls().values()) > 0
+
+
+@HALVES
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_fused_logits_and_batched_generation(dtype: torch.dtype, cache: str) -> None:
+    model = nybble.load(FIXTURES / "neox_v1_sym_g32", device="cpu", dtype=dtype)
+    ids = torch.arange(1, 25, device="cpu").view(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    plain = model(ids, attention_mask=mask).logits[mask.bool()].float()
+    report = nybble.fuse(model)
+    fused = model(ids, attention_mask=mask).logits[mask.bool()].float()
+    scale = float(plain.abs().max())
+    assert float((fused - plain).abs().max()) <= scale * (0.01 if dtype is torch.float16 else 0.06)
+    layers = model.config.num_hidden_layers
+    once = {"layernorm": 2, "add_dual_layernorm": layers - 1, "add_layernorm": 1}
+    assert report.calls() == once
+    kind: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, **kind
+    )
+    assert out.shape == (2, 17) and torch.equal(out[:, :12], ids)
+    assert report.calls() == {name: 6 * calls for name, calls in once.items()}
+
+
+def test_fused_and_unfused_perplexity_on_the_gpu() -> None:
+    model = nybble.load(FIXTURES / "neox_v1_sym_g32", device="cpu")
+    stream = torch.randint(96, (200,), generator=torch.Generator().manual_seed(0))
+    plain = perplexity(model, stream, window=16)
+    nybble.fuse(model)
+    assert perplexity(model, stream, window=16).ppl == pytest.approx(plain.ppl, rel=1e-3)
