@@ -288,7 +288,7 @@ def train(work: Path, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokens = encode_all(work, [d.text for d in read_corpus(work)])
     heldout = encode_all(work, (work / "heldout.txt").read_text(encoding="utf-8").split(END_OF_TEXT))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device: str = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = new_model(args).to(device).train()
     heldout = heldout.to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]

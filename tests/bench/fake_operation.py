@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +36,9 @@ class FakeCase(Case):
 
     def run(self, inputs: dict[str, torch.Tensor], variant: str = "auto") -> Tensors:
         return (2 * inputs["x"] + self.off,)
+
+    def bind(self, inputs: dict[str, torch.Tensor], variant: str = "auto") -> Callable[[], Any]:
+        return partial(self.run, inputs, variant)
 
     def truth(self, inputs: dict[str, torch.Tensor]) -> Tensors:
         return (2 * inputs["x"].double(),)

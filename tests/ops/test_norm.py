@@ -138,9 +138,11 @@ def test_opcheck(function: str) -> None:
 
 def test_compiles_whole_with_dynamic_rows() -> None:
     weight = torch.ones(32)
-    compiled = torch.compile(
-        lambda x: nybble.add_rmsnorm(x, x, weight)[0] * 2, fullgraph=True, dynamic=True, backend="aot_eager"
-    )
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return nybble.add_rmsnorm(x, x, weight)[0] * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (2, 5):
         x = torch.randn(rows, 32)
         torch.testing.assert_close(compiled(x), step(x))

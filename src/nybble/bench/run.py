@@ -184,7 +184,12 @@ def _providers(
         note(f"nybble: {label(case)}: {error}")
         names, pick = [], ""
     for name in names:
-        yield "nybble", name, name == pick, Call(partial(case.run, variant=name), (inputs,))
+        yield (
+            "nybble",
+            name,
+            name == pick,
+            Call(partial(case.run, variant=name), (inputs,), partial(case.bind, variant=name)),
+        )
     if peers:
         for peer, call in build_calls(case, inputs, note):
             yield peer.name, peer.variant, False, call

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,14 @@ HOST_BATCH = 32
 
 
 class Call(NamedTuple):
-    """``function(*arguments)``; the arguments hold every tensor the call reads, so that they can be copied."""
+    """``function(*arguments)``; the arguments hold every tensor the call reads, so that they can be copied.
+
+    ``bind(*arguments)``, where given, returns the same call with nothing around it: host time is measured on that.
+    """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    bind: Callable[..., Callable[[], Any]] | None = None
 
 
 class Rotation(NamedTuple):
@@ -188,14 +193,15 @@ class _Prepared:
         return Timing(*spread(self.samples), self._host_us(), how, self.why)
 
     def _host_us(self) -> float:
-        function, copies = self.call.function, self.copies
+        bind = self.call.bind or partial(partial, self.call.function)
+        bound = [bind(*arguments) for arguments in self.copies[:HOST_BATCH]]
         samples: list[float] = []
         began = time.perf_counter()
         while len(samples) < 5 or (len(samples) < 20 and time.perf_counter() - began < 0.5):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for index in range(HOST_BATCH):
-                function(*copies[index % len(copies)])
+                bound[index % len(bound)]()
             samples.append((time.perf_counter() - start) * 1e6 / HOST_BATCH)
         torch.cuda.synchronize()
         return statistics.median(samples)

@@ -80,7 +80,7 @@ class PackedWeight:
             ("qzeros", (torch.uint8,), (tiles(n), groups, 32)),
             ("perm", (torch.int32,), (k,)),
         ):
-            tensor = getattr(self, name)
+            tensor: Tensor = getattr(self, name)
             if tensor is None and name in ("qzeros", "perm"):
                 continue
             if tensor.dtype not in dtypes:

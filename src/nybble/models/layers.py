@@ -42,7 +42,7 @@ class W4A16Linear(nn.Module):
         for name in ("qweight", "scales", "qzeros", "perm"):
             self.register_parameter(name, _constant(getattr(weight, name)))
         self.register_parameter("bias", _constant(bias))
-        self._packed: PackedWeight | None = None
+        self._held: PackedWeight | None = None
 
     @classmethod
     def from_packed(cls, weight: PackedWeight, bias: Tensor | None = None) -> W4A16Linear:
@@ -51,17 +51,22 @@ class W4A16Linear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight as the operation takes it, sharing this layer's tensors."""
-        held, own = self._packed, self._parameters
+        if torch.compiler.is_compiling():  # what is held would be a guard, and recompile once it changes
+            return self._pack()
+        held, own = self._held, self._parameters
         # Making one checks every tensor, which takes longer than a launch: keep it while the parameters are the same.
         if (
-            held is not None
-            and held.qweight is own["qweight"]
-            and held.scales is own["scales"]
-            and held.qzeros is own["qzeros"]
-            and held.perm is own["perm"]
+            held is None
+            or held.qweight is not own["qweight"]
+            or held.scales is not own["scales"]
+            or held.qzeros is not own["qzeros"]
+            or held.perm is not own["perm"]
         ):
-            return held
-        weight = PackedWeight(
+            held = self._held = self._pack()
+        return held
+
+    def _pack(self) -> PackedWeight:
+        return PackedWeight(
             qweight=self.qweight,
             scales=self.scales,
             qzeros=self.qzeros,
@@ -70,9 +75,6 @@ class W4A16Linear(nn.Module):
             out_features=self.out_features,
             group_size=self.group_size,
         )
-        if not torch.compiler.is_compiling():
-            self._packed = weight
-        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, the dtype of ``x``."""

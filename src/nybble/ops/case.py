@@ -4,6 +4,7 @@ gate all draw their inputs from here, so what is timed is what was checked."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,10 @@ class Case(ABC):
     @abstractmethod
     def run(self, inputs: Any, variant: str = "auto") -> Tensors:
         """The public function on these inputs."""
+
+    @abstractmethod
+    def bind(self, inputs: Any, variant: str = "auto") -> Callable[[], Any]:
+        """The public function with these arguments and nothing around it: what host time is measured on."""
 
     @abstractmethod
     def truth(self, inputs: Any) -> Tensors:
@@ -86,6 +91,6 @@ def take(operation: str, shape: dict[str, int], defaults: dict[str, int]) -> lis
     for name, value in shape.items():
         if name not in defaults:
             raise wrong_value(operation, "shape", f"dimensions {list(defaults)}", repr(name))
-        if value < 0:
+        if value < 0 and (name, value) != ("group_size", -1):
             raise wrong_value(operation, name, "a number >= 0", value)
     return [shape.get(name, default) for name, default in defaults.items()]

@@ -13,7 +13,7 @@ import torch
 _LIBRARY = torch.library.Library("nybble", "DEF")
 _BELOW_AUTOGRAD = torch._C._AutoDispatchBelowAutograd
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
+_transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def register(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -71,8 +73,13 @@ class NormCase(Case):
                 inputs[bias] = 0.1 * normal(self.hidden)
         return {name: tensor.to(device, self.dtype) for name, tensor in inputs.items()}
 
+    def bind(self, inputs: dict[str, Tensor], variant: str = "auto") -> Callable[[], Any]:
+        # Positional as far as they go: a public function's tensors, then eps.
+        tensors = list(inputs.values())
+        return partial(getattr(op, self.function), *tensors, EPS, variant=variant)
+
     def run(self, inputs: dict[str, Tensor], variant: str = "auto") -> Tensors:
-        result = getattr(op, self.function)(**inputs, eps=EPS, variant=variant)
+        result = self.bind(inputs, variant)()
         return result if isinstance(result, tuple) else (result,)
 
     def truth(self, inputs: dict[str, Tensor]) -> Tensors:

@@ -26,6 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL = PACKAGE / "ops" / "norm" / "norm.cu"
 
 _INF = float("inf")
+_MISSING: Any = object()
 
 
 def check(
@@ -76,31 +77,11 @@ def check(
 
 def _reference(function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...], eps: float) -> Any:
     form = cost.FORMS[function]
-    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+    pairs: list[Any] = list(zip(vectors[::2], vectors[1::2], strict=True))
     after = rows[-1] if form.after else None
     addends = [tensor.contiguous() for tensor in rows[: form.addends]]  # one order of summation whatever the strides
-    outputs = norm(addends, pairs, after, eps, rms=form.rms)[: form.norms + form.store_sum]  # type: ignore[arg-type]
+    outputs: tuple[Tensor, ...] = norm(addends, pairs, after, eps, rms=form.rms)[: form.norms + form.store_sum]
     return outputs if len(outputs) > 1 else outputs[0]
-
-
-def _launch(plan: Plan, form: cost.Form, x: Tensor, pointers: list[int], count: int, eps: float) -> Any:
-    """Allocate the outputs and launch. ``pointers`` are the kernel's inputs, in its order, unused ones 0."""
-    y1 = torch.empty_like(x)
-    y2 = torch.empty_like(x) if form.norms == 2 else None
-    total = torch.empty_like(x) if form.store_sum else None
-    if count:
-        plan.launch(
-            (count, 1, 1),
-            *pointers,
-            y1.data_ptr(),
-            0 if y2 is None else y2.data_ptr(),
-            0 if total is None else total.data_ptr(),
-            count,
-            eps,
-        )
-    if y2 is not None:
-        return y1, y2, total
-    return y1 if total is None else (y1, total)
 
 
 def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
@@ -141,6 +122,7 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
     # The kernel takes x0 x1 x2 after w1 b1 w2 b2: zeros fill what this function does not have.
     fill = [0] * (3 - form.addends) if form.after else [0] * (4 - tensors)
     tail = [0] * (4 - (len(names) - tensors))
+    last_read = 1 if form.after else tensors  # where `fill` goes
     plans: dict[tuple[Any, ...], Plan | None] = {}
 
     def split(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], float, str]:
@@ -160,41 +142,56 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
         """The warm path: one look at each tensor, one at the plans, the launch. What looks odd goes to `careful`."""
         x, eps, variant = arguments[0], arguments[-2], arguments[-1]
         dtype, shape, device = x.dtype, x.shape, x.get_device()
-        pointers: list[int] = []
-        together = 0
-        for t in arguments[:tensors]:
-            if t.dtype is not dtype or t.shape != shape or t.get_device() != device or not t.is_contiguous():
+        if not x.is_contiguous():
+            return careful(arguments)
+        aligned = x.data_ptr()
+        pointers = [aligned]
+        for t in arguments[1:tensors]:
+            if t.shape != shape or t.dtype is not dtype or t.get_device() != device or not t.is_contiguous():
                 return careful(arguments)
             pointer = t.data_ptr()
-            together |= pointer
+            aligned |= pointer
             pointers.append(pointer)
-        if form.after:
-            pointers[1:1] = fill
-        else:
-            pointers += fill
+        pointers[last_read:last_read] = fill
         width = shape[-1:]
         for t in arguments[tensors:-2]:
             if t is None:
                 pointers.append(0)
                 continue
-            if t.dtype is not dtype or t.shape != width or t.get_device() != device or not t.is_contiguous():
+            if t.shape != width or t.dtype is not dtype or t.get_device() != device or not t.is_contiguous():
                 return careful(arguments)
             pointer = t.data_ptr()
-            together |= pointer
+            aligned |= pointer
             pointers.append(pointer)
         pointers += tail
-        count = x.numel() // shape[-1] if width and shape[-1] else 0
-        key = (dtype, shape[-1:], pointers[5] != 0, together & 15 == 0, count.bit_length(), variant, device)
-        try:
-            plan = plans[key]
-        except KeyError:
+        count = x.numel() // width[0] if width and width[0] else 0
+        key = (width, dtype, pointers[5] == 0, aligned & 15, count.bit_length(), variant, device)
+        plan = plans.get(key, _MISSING)
+        if plan is _MISSING:
             split(arguments)
-            spec = cost.Spec(function, dtype, shape[-1], key[2], key[3], 1 << key[4], variant)
+            spec = cost.Spec(
+                function, dtype, width[0], pointers[5] != 0, aligned & 15 == 0, 1 << count.bit_length(), variant
+            )
             plan = plans[key] = _make(spec, device)
-        if plan is None or not 0.0 <= eps < _INF or (form.norms == 2 and (not pointers[5]) != (not pointers[7])):
+        if plan is None or not 0.0 <= eps < _INF or (form.norms == 2 and (pointers[5] == 0) != (pointers[7] == 0)):
             rows, vectors, eps, _ = split(arguments)
             return _reference(function, rows, vectors, eps)
-        return _launch(plan, form, x, pointers, count, eps)
+        y1 = torch.empty_like(x)
+        y2 = torch.empty_like(x) if form.norms == 2 else None
+        total = torch.empty_like(x) if form.store_sum else None
+        if count:
+            plan.launch(
+                (count, 1, 1),
+                *pointers,
+                y1.data_ptr(),
+                0 if y2 is None else y2.data_ptr(),
+                0 if total is None else total.data_ptr(),
+                count,
+                eps,
+            )
+        if y2 is not None:
+            return y1, y2, total
+        return y1 if total is None else (y1, total)
 
     def careful(arguments: tuple[Any, ...]) -> Any:
         """Refuse with the reason, or make every tensor contiguous and go on."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nybble.formats.grouped import QuantizedWeight
+from nybble.formats.grouped import GROUP_SIZES, QuantizedWeight
 from nybble.formats.tiles import PackedWeight
 from nybble.ops.case import Case, Tensors, take
 from nybble.ops.w4a16 import cost, op
 from nybble.runtime.choice import Choice
+from nybble.runtime.errors import wrong_value
 from nybble.runtime.hardware import H200, Hardware
 from nybble.runtime.source import Source
 
@@ -75,8 +78,11 @@ class W4A16Case(Case):
         bias = torch.randn(self.n, generator=draw, device=device).to(self.dtype) if self.bias else None
         return Inputs(x, PackedWeight.from_quantized(quantized), bias, quantized)
 
+    def bind(self, inputs: Inputs, variant: str = "auto") -> Callable[[], Any]:
+        return partial(op.w4a16_linear, inputs.x, inputs.weight, bias=inputs.bias, variant=variant)
+
     def run(self, inputs: Inputs, variant: str = "auto") -> Tensors:
-        return (op.w4a16_linear(inputs.x, inputs.weight, bias=inputs.bias, variant=variant),)
+        return (self.bind(inputs, variant)(),)
 
     def truth(self, inputs: Inputs) -> Tensors:
         """From the quantised weight's own meaning, which knows nothing of tiles."""
@@ -157,6 +163,11 @@ def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> W4A16Cas
         ValueError: a dimension is missing or unknown.
     """
     m, n, k, group_size = take("w4a16", shape, {"m": 1, "n": 4096, "k": 4096, "group_size": 128})
+    for name, features in (("n", n), ("k", k)):
+        if features < 8 or features % 8:
+            raise wrong_value("w4a16", name, "a positive multiple of 8", features)
+    if group_size != -1 and group_size not in GROUP_SIZES:
+        raise wrong_value("w4a16", "group_size", f"-1 or one of {GROUP_SIZES}", group_size)
     return W4A16Case(m, n, k, group_size, dtype, **options)
 
 
