@@ -166,6 +166,7 @@ def make_corpus(work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     (work / "train.jsonl").write_text("".join(json.dumps(d._asdict()) + "\n" for d in train), encoding="utf-8")
     (work / "heldout.txt").write_text(END_OF_TEXT.join(d.text for d in heldout), encoding="utf-8")
+    (work / "corpus.json").write_text(json.dumps({"python": platform.python_version()}) + "\n", encoding="utf-8")
     size = sum(len(d.text.encode()) for d in train)
     print(f"corpus: {len(train)} texts, {size:,} bytes; held out: {(work / 'heldout.txt').stat().st_size:,} bytes")
 
@@ -289,7 +290,8 @@ def train(work: Path, args: argparse.Namespace) -> None:
     tokens = encode_all(work, [d.text for d in read_corpus(work)])
     heldout = encode_all(work, (work / "heldout.txt").read_text(encoding="utf-8").split(END_OF_TEXT))
     device: str = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = new_model(args).to(device).train()
+    model: Any = new_model(args)
+    model.to(device).train()
     heldout = heldout.to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -336,7 +338,6 @@ def train(work: Path, args: argparse.Namespace) -> None:
 
     model.save_pretrained(work / "float")
     record = {
-        "python": platform.python_version(),
         "parameters": size,
         "corpus_tokens": len(tokens),
         "steps": args.steps,
@@ -490,7 +491,8 @@ def export(work: Path) -> None:
         raise SystemExit(f"{licence} is missing: the licence of the training text must travel with the model")
     config = json.loads((work / "gptq" / "config.json").read_text())
     recipe = config["quantization_config"]
-    training = json.loads((work / "training.json").read_text())
+    # The Python the text came from: training may have run under another one.
+    training = json.loads((work / "training.json").read_text()) | json.loads((work / "corpus.json").read_text())
     evaluation = json.loads((work / "evaluation.json").read_text())
     names = [f"`{name}`" for name in HELDOUT_FILES] + [f"topic `{name}`" for name in HELDOUT_TOPICS]
     samples = evaluation["gptq"]["continuations"].values()
@@ -540,12 +542,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--positions", type=int, default=512)
     parser.add_argument("--length", type=int, default=256, help="tokens in a training row")
-    parser.add_argument("--batch", type=int, default=16, help="rows in a step")
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--dropout", type=float, default=0.0, help="while training; the saved model has it too, unused")
+    parser.add_argument("--batch", type=int, default=64, help="rows in a step")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--dropout", type=float, default=0.1, help="while training; the saved model has it too, unused")
     parser.add_argument("--device", default="", help="for train; default: cuda where there is one, else cpu")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.3)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--restart", action="store_true", help="ignore an earlier checkpoint")

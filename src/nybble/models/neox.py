@@ -136,7 +136,7 @@ def _forward(
     )
 
 
-def _parallel(self: GPTNeoXModel, hidden: Tensor, attention_arguments: dict[str, Any]) -> Tensor:
+def _parallel(self: Any, hidden: Tensor, attention_arguments: dict[str, Any]) -> Tensor:
     attn = mlp = None  # of the layer before, not yet added to hidden
     for layer in self.layers:
         norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
@@ -158,7 +158,7 @@ def _parallel(self: GPTNeoXModel, hidden: Tensor, attention_arguments: dict[str,
     return add_layernorm(mlp + attn, hidden, final.weight, final.bias, final.eps)[0]
 
 
-def _sequential(self: GPTNeoXModel, hidden: Tensor, attention_arguments: dict[str, Any]) -> Tensor:
+def _sequential(self: Any, hidden: Tensor, attention_arguments: dict[str, Any]) -> Tensor:
     mlp = None  # of the layer before, not yet added to hidden
     for layer in self.layers:
         norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
@@ -178,7 +178,7 @@ def _sequential(self: GPTNeoXModel, hidden: Tensor, attention_arguments: dict[st
     return add_layernorm(mlp, hidden, final.weight, final.bias, final.eps)[0]
 
 
-def _needs_original(self: GPTNeoXModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _needs_original(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call wants something that only the original forward gives."""
     config, final = self.config, self.final_layer_norm
     if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:

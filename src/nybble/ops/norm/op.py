@@ -80,7 +80,7 @@ def _reference(function: str, rows: tuple[Tensor, ...], vectors: tuple[Tensor | 
     pairs: list[Any] = list(zip(vectors[::2], vectors[1::2], strict=True))
     after = rows[-1] if form.after else None
     addends = [tensor.contiguous() for tensor in rows[: form.addends]]  # one order of summation whatever the strides
-    outputs: tuple[Tensor, ...] = norm(addends, pairs, after, eps, rms=form.rms)[: form.norms + form.store_sum]
+    outputs: Any = norm(addends, pairs, after, eps, rms=form.rms)[: form.norms + form.store_sum]
     return outputs if len(outputs) > 1 else outputs[0]
 
 
