@@ -32,6 +32,7 @@ constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
 // Steps of 16 features between two applications of the scale: a group's, but at most a chunk's.
 constexpr int STEPS = GROUP >= 64 || GROUP >= K ? 4 : GROUP / 16;
 static_assert(4 % STEPS == 0, "a chunk of 64 features holds a whole number of groups");
+constexpr int ROUNDS = (K64 + SLICES - 1) / SLICES;
 constexpr int AHEAD = 4;                 // chunks of weights a warp keeps in flight: 4 x 512 bytes
 constexpr int MBLOCKS = TILE_M / 8;
 constexpr int STRIDE = 64 + 8;           // 144 bytes a row: ldmatrix meets no bank twice
@@ -122,10 +123,13 @@ mma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* 
             }
         }
     };
-    for (int chunk = slice, stage = 0; chunk < K64;) {
+    // Every slice makes the same number of rounds, idle in the last one if there is no chunk left for it: slices that
+    // met their barriers a different number of times are what racecheck reports as a race.
+    for (int round = 0, stage = 0; round < ROUNDS;) {
 #pragma unroll
-        for (int d = 0; d < AHEAD; ++d, chunk += SLICES, stage ^= 1) {
-            if (chunk >= K64) break;
+        for (int d = 0; d < AHEAD; ++d, ++round, stage ^= 1) {
+            if (round == ROUNDS) break;
+            const int chunk = slice + round * SLICES;
             const uint4 packed = ahead[d];
             if (chunk + AHEAD * SLICES < K64) ahead[d] = load_streaming(words + (chunk + AHEAD * SLICES) * 128);
             if (chunk + SLICES < K64) {
@@ -135,7 +139,7 @@ mma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* 
                 wait_copies<0>();
             }
             sync_part(1 + slice, 128);   // every thread's part of this stage has arrived
-            multiply(chunk, stage, packed);
+            if (chunk < K64) multiply(chunk, stage, packed);
             sync_part(1 + slice, 128);   // the stage may be written again
         }
     }
