@@ -142,8 +142,9 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
         """The warm path: one look at each tensor, one at the plans, the launch. What looks odd goes to `careful`."""
         x, eps, variant = arguments[0], arguments[-2], arguments[-1]
         dtype, shape, device = x.dtype, x.shape, x.get_device()
-        if not x.is_contiguous():
+        if not shape or not x.is_contiguous():
             return careful(arguments)
+        hidden = shape[-1]
         aligned = x.data_ptr()
         pointers = [aligned]
         for t in arguments[1:tensors]:
@@ -153,7 +154,7 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
             aligned |= pointer
             pointers.append(pointer)
         pointers[last_read:last_read] = fill
-        width = shape[-1:]
+        width = (hidden,)
         for t in arguments[tensors:-2]:
             if t is None:
                 pointers.append(0)
@@ -164,13 +165,13 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
             aligned |= pointer
             pointers.append(pointer)
         pointers += tail
-        count = x.numel() // width[0] if width and width[0] else 0
-        key = (width, dtype, pointers[5] == 0, aligned & 15, count.bit_length(), variant, device)
+        count = x.numel() // hidden if hidden else 0
+        key = (hidden, dtype, pointers[5] == 0, aligned & 15, count.bit_length(), variant, device)
         plan = plans.get(key, _MISSING)
         if plan is _MISSING:
             split(arguments)
             spec = cost.Spec(
-                function, dtype, width[0], pointers[5] != 0, aligned & 15 == 0, 1 << count.bit_length(), variant
+                function, dtype, hidden, pointers[5] != 0, aligned & 15 == 0, 1 << count.bit_length(), variant
             )
             plan = plans[key] = _make(spec, device)
         if plan is None or not 0.0 <= eps < _INF or (form.norms == 2 and (pointers[5] == 0) != (pointers[7] == 0)):

@@ -21,7 +21,12 @@ FUNCTION = "w4a16_linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL = PACKAGE / "ops" / "w4a16" / "mma.cu"
 
-_PLANS: dict[tuple[Any, ...], tuple[Plan, int] | None] = {}
+# A plan, its rows a block, and a template of the output for each shape of x: one element, expanded. `empty_like` of
+# that takes half the host time of `new_empty` with a shape, 0.6 us.
+Ready = tuple[Plan, int, dict[tuple[int, ...], Tensor]]
+_MAX_TEMPLATES = 1024
+
+_PLANS: dict[tuple[Any, ...], Ready | None] = {}
 
 
 def check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -97,9 +102,14 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) 
         bias = bias if bias is None or _plain(bias) else bias.clone(memory_format=torch.contiguous_format)
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
-    y = x.new_empty((*shape[:-1], n))
+    kernel, tile_m, templates = plan
+    template = templates.get(shape)
+    if template is None:
+        if len(templates) >= _MAX_TEMPLATES:
+            templates.clear()
+        template = templates[shape] = x.new_empty(1).expand((*shape[:-1], n))
+    y = torch.empty_like(template, memory_format=torch.contiguous_format)
     if rows:
-        kernel, tile_m = plan
         kernel.launch(
             (-(-rows // tile_m), qweight.shape[0], 1),
             x.data_ptr(),
@@ -130,7 +140,7 @@ def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
     return Source(KERNEL, constants)
 
 
-def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
+def _make(spec: cost.Spec, device: int) -> Ready | None:
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
     chosen = cost.choose(spec, card).pick
@@ -138,7 +148,7 @@ def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
         return None
     binary = compile_kernel(source(spec, chosen.config), card.arch)
     config = dict(chosen.config)
-    return Plan(binary, device=device, threads=128 * config["SLICES"]), config["TILE_M"]
+    return Plan(binary, device=device, threads=128 * config["SLICES"]), config["TILE_M"], {}
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes.
