@@ -40,6 +40,7 @@ def generate(
 
     report = _fused(loaded) if fuse else None
     ids = tokenizer(prompt)["input_ids"] or [i for i in [tokenizer.bos_token_id] if i is not None]
+    before = _warm_up(loaded, ids, max_tokens, report)
     tokens = generate_tokens(
         loaded,
         ids,
@@ -73,12 +74,33 @@ def generate(
                 "tokens": new,
                 "stopped_by": tokens.stopped_by,
                 **_speed(tokens.timing),
-                **_fusion(report),
+                **_fusion(report, before),
             }
         )
         return
     _write("\n" if live else f"{prompt}{text}\n")
-    _summary(tokens.timing, report, described(loaded))
+    _summary(tokens.timing, _calls(report, before), described(loaded))
+
+
+def _warm_up(loaded: Any, ids: list[int], max_tokens: int, report: Report | None) -> dict[str, int]:
+    """Compile the kernels of the prompt and of a decode step, so that the speed shown is not that of the compiler.
+
+    Returns:
+        The fused calls this made, to be left out of the count.
+    """
+    if loaded.device.type == "cuda" and ids and max_tokens > 0:
+        from nybble.models.generate import generate_tokens
+
+        console = stderr()
+        with console.status("Compiling kernels (kept on disk)"):
+            for _ in generate_tokens(loaded, ids, max_new_tokens=min(2, max_tokens)):
+                pass
+    return report.calls() if report is not None else {}
+
+
+def _calls(report: Report | None, before: dict[str, int]) -> dict[str, int]:
+    calls = report.calls() if report is not None else {}
+    return {name: count - before.get(name, 0) for name, count in calls.items() if count > before.get(name, 0)}
 
 
 def _fused(loaded: Any) -> Report:
@@ -117,17 +139,17 @@ def _speed(timing: Timing) -> dict[str, Any]:
     }
 
 
-def _fusion(report: Report | None) -> dict[str, Any]:
+def _fusion(report: Report | None, before: dict[str, int]) -> dict[str, Any]:
     if report is None:
         return {"replaced": [], "refused": [], "kernel_calls": {}}
     return {
         "replaced": [list(entry) for entry in report.replaced],
         "refused": [list(entry) for entry in report.refused],
-        "kernel_calls": report.calls(),
+        "kernel_calls": _calls(report, before),
     }
 
 
-def _summary(timing: Timing, report: Report | None, where: dict[str, str]) -> None:
+def _summary(timing: Timing, calls: dict[str, int], where: dict[str, str]) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -137,7 +159,6 @@ def _summary(timing: Timing, report: Report | None, where: dict[str, str]) -> No
     if timing.decode_tokens:
         speed = f"{timing.decode_rate:.1f} tokens/s, {timing.tpot_ms:.2f} ms a token (TPOT)"
         table.add_row("decode", f"{timing.decode_tokens} tokens, {speed}")
-    calls = report.calls() if report is not None else {}
     counted = ", ".join(f"{name} {count}" for name, count in sorted(calls.items()))
     table.add_row("fused calls", f"{sum(calls.values())} ({counted})" if calls else "none")
     table.add_row("on", f"{where['device']}, {where['dtype']}")
