@@ -71,6 +71,22 @@ def test_the_callers_own_time_does_not_count(
     assert (stream.timing.prompt_seconds, stream.timing.decode_seconds) == (2.0, 6.0)
 
 
+def test_a_step_runs_without_cudnns_attention_and_leaves_the_switch_as_it_was(
+    make_model: MakeModel, ids: torch.Tensor
+) -> None:
+    """cuDNN plans anew for every length of the cache: tens of milliseconds a token."""
+    model, seen = make_model("gpt_neox"), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    for wanted in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(wanted)
+        try:
+            for _ in generate_tokens(model, prompt_of(ids), max_new_tokens=2):
+                assert torch.backends.cuda.cudnn_sdp_enabled() is wanted
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+    assert seen == [False] * 4
+
+
 def test_eos_ends_the_text_and_is_given(make_model: MakeModel, ids: torch.Tensor) -> None:
     model, prompt = make_model("gpt_neox"), prompt_of(ids)
     expected = greedy(model, prompt, 8)

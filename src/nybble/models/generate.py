@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ class TokenStream(Iterator[int]):
             raise StopIteration
         timing = self.timing
         started = _now(self._next_input.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), _no_attention_plans():
             logits = self._model(
                 input_ids=self._next_input, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]
@@ -105,6 +106,20 @@ class TokenStream(Iterator[int]):
     def _stop(self, reason: str) -> None:
         self.stopped_by = reason
         del self._cache
+
+
+@contextmanager
+def _no_attention_plans() -> Iterator[None]:
+    """Without cuDNN's attention: it builds a plan for every new length of the cache, which is every token.
+
+    On an H200 a decode step of the demo model took 53 ms with it and 2.9 ms without.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def generate_tokens(

@@ -27,7 +27,7 @@ class Plan:
         shared_bytes: dynamic shared memory a block, allowed once here.
     """
 
-    __slots__ = ("_configs", "_kernel", "_streams", "device", "shared_bytes", "threads")
+    __slots__ = ("_configs", "_kernel", "_launch", "_streams", "device", "shared_bytes", "threads")
 
     def __init__(self, binary: Binary, *, device: int, threads: int, shared_bytes: int = 0) -> None:
         self.device, self.threads, self.shared_bytes = device, threads, shared_bytes
@@ -35,7 +35,9 @@ class Plan:
         self._streams: dict[int, Any] = {}
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the primary context exists and is current
-            self._kernel = import_module("cuda.core").ObjectCode.from_cubin(binary.cubin).get_kernel(binary.entry)
+            core = import_module("cuda.core")
+            self._launch = core.launch
+            self._kernel = core.ObjectCode.from_cubin(binary.cubin).get_kernel(binary.entry)
             if shared_bytes > 48 << 10:
                 self._allow_shared(shared_bytes)
 
@@ -60,7 +62,7 @@ class Plan:
         raw = torch._C._cuda_getCurrentRawStream(self.device)
         stream = self._streams.get(raw) or self._stream(raw)
         config = self._configs.get(grid) or self._config(grid)
-        return _launch(stream, config, self._kernel, *arguments)
+        return self._launch(stream, config, self._kernel, *arguments)
 
     def _config(self, grid: tuple[int, int, int]) -> Any:
         if len(self._configs) >= _MAX_KEPT:
@@ -75,10 +77,3 @@ class Plan:
             self._streams.clear()
         stream = self._streams[raw] = import_module("cuda.core").Stream.from_handle(raw)
         return stream
-
-
-def _launch(*arguments: Any) -> None:
-    """Replaced by cuda.core's ``launch`` at the first call, so that importing this module needs no CUDA."""
-    global _launch
-    _launch = import_module("cuda.core").launch
-    _launch(*arguments)
