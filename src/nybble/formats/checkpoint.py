@@ -238,13 +238,20 @@ def preflight(
     return plans
 
 
-def load_quantized(checkpoint: Checkpoint, config: QuantizationConfig, module_name: str) -> QuantizedWeight:
+def load_quantized(
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    module_name: str,
+    *,
+    device: torch.device | str = "cpu",
+) -> QuantizedWeight:
     """The weight of one quantised module.
 
     Args:
         checkpoint: the files.
         config: what they say of their quantisation.
         module_name: such as ``"model.layers.0.mlp.down_proj"``.
+        device: where it is unpacked. The words travel as they are: 4 bits a weight.
 
     Raises:
         CheckpointError: as :func:`preflight`, for this module; or scales that are not finite, or a ``g_idx`` that
@@ -262,6 +269,7 @@ def load_quantized(checkpoint: Checkpoint, config: QuantizationConfig, module_na
     if not bool(torch.isfinite(tensors["scales"]).all()):
         name = plan.tensors["scales"]
         raise CheckpointError(checkpoint.file_of(name), name, "holds values that are not finite")
+    tensors = {short: words.to(device) for short, words in tensors.items()}
     if config.method == "awq":
         return unpack_awq(**tensors, group_size=plan.group_size, file=file, name=module_name)
     try:

@@ -268,11 +268,11 @@ def _fill(
     for name, module_plan in plan.quantized.items():
         assert plan.quantization is not None
         has_bias = model.get_submodule(name).bias is not None
-        weight = load_quantized(checkpoint, plan.quantization, module_plan.name)
+        weight = load_quantized(checkpoint, plan.quantization, module_plan.name, device=device)
         bias = load_bias(checkpoint, module_plan.name, module_plan.out_features, wanted=has_bias)
         if bias is not None:
             bias = _convert(bias, dtype, checkpoint, f"{module_plan.name}.bias").to(device)
-        model.set_submodule(name, W4A16Linear(_pack(weight, device, checkpoint, module_plan), bias))
+        model.set_submodule(name, W4A16Linear(_pack(weight, checkpoint, module_plan), bias))
         done += 1
         if progress:
             progress(done, total)
@@ -299,16 +299,9 @@ def _convert(tensor: Tensor, dtype: torch.dtype, checkpoint: Checkpoint, name: s
     return converted
 
 
-def _pack(weight: QuantizedWeight, device: torch.device, checkpoint: Checkpoint, plan: QuantizedModule) -> PackedWeight:
-    on_device = QuantizedWeight(
-        weight.q.to(device),
-        weight.zeros.to(device),
-        weight.scales.to(device),
-        weight.group_size,
-        None if weight.g_idx is None else weight.g_idx.to(device),
-    )
+def _pack(weight: QuantizedWeight, checkpoint: Checkpoint, plan: QuantizedModule) -> PackedWeight:
     try:
-        return PackedWeight.from_quantized(on_device)
+        return PackedWeight.from_quantized(weight)
     except ValueError as error:
         tensor = plan.tensors["qweight"]
         raise CheckpointError(checkpoint.file_of(tensor), plan.name, str(error)) from error
