@@ -29,6 +29,9 @@ static_assert(NORMS == 1 || NORMS == 2, "one or two outputs share the statistics
 constexpr int VECTORS = HIDDEN / VEC;
 constexpr int PER_THREAD = (VECTORS + THREADS - 1) / THREADS;
 static_assert(!KEEP || PER_THREAD * VEC <= 32, "a thread keeps at most 32 values in registers");
+// The residual that is added last is asked for together with the row, so that its reading does not wait for the
+// statistics. The weights are not: they come from cache, and their registers cost more than their wait.
+constexpr bool EARLY = AFTER && KEEP;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restrict__ x2,
@@ -37,6 +40,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
             T* __restrict__ sum, long long rows, double eps) {
     __shared__ float partial[3 * (THREADS / 32)];
     float kept[KEEP ? PER_THREAD : 1][VEC];
+    Vector<T, VEC> residual[EARLY ? PER_THREAD : 1];
 
     for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const long long start = row * HIDDEN;
@@ -76,6 +80,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
         float total[1] = {0.0f};
         for_each_vector([&](int i, int column) {
             float h[VEC];
+            if constexpr (EARLY) residual[i] = *reinterpret_cast<const Vector<T, VEC>*>(after + start + column);
             read_sum(column, h);
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
@@ -129,9 +134,9 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
                     for (int e = 0; e < VEC; ++e) result[e] += extra[e];
                 }
                 if constexpr (AFTER) {
-                    load_vector(after + start + column, extra);
+                    if constexpr (!EARLY) load_vector(after + start + column, extra);
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e) result[e] += extra[e];
+                    for (int e = 0; e < VEC; ++e) result[e] += EARLY ? to_float(residual[i].lane[e]) : extra[e];
                 }
                 store_vector(y + start + column, result);
             };
