@@ -15,6 +15,9 @@ from nybble.runtime.hardware import Hardware
 
 Tensors = tuple[torch.Tensor, ...]
 
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Half a unit in the last place, relative: what one rounding may change."""
+
 
 class Case(ABC):
     """Subclasses are frozen dataclasses holding the numbers of one request.

@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.ops.case import Case, Tensors, take
+from nybble.ops.case import ROUNDING, Case, Tensors, take
 from nybble.ops.norm import cost, op
 from nybble.runtime.choice import Choice
 from nybble.runtime.hardware import H200, Hardware
 from nybble.runtime.source import Source
 
 EPS = 1e-5
-ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Half a unit in the last place, relative."""
 TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 _ROWS = {

@@ -12,8 +12,8 @@ from nybble.runtime.hardware import Hardware
 
 MAX_KEPT = 32
 """Values a thread keeps: 32 of its 64 registers at 1024 threads, as measured by the compile gate (no spills)."""
-LAUNCH_US = 1.2
-"""The smallest useful kernel as a node of a CUDA graph on an H200."""
+LAUNCH_US = 2.6
+"""A call with one row as a node of a CUDA graph: 2.5 to 3.0 us on an H200 (results/h200/norm.jsonl)."""
 
 
 class Spec(NamedTuple):
@@ -72,7 +72,11 @@ def vector(spec: Spec) -> int:
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
-    reference = Candidate("reference", (), 1e6, "PyTorch, several kernels; what runs on a CPU")
+    read = (hardware.read_tbps or 1.0) if hardware else 0.02
+    tensor_us = spec.rows * spec.hidden * spec.dtype.itemsize / (read * 1e6)
+    # About a dozen kernels, each reading and writing the row in fp32.
+    reference_us = 12 * (LAUNCH_US + 2 * tensor_us * 4 / spec.dtype.itemsize)
+    reference = Candidate("reference", (), reference_us, "PyTorch, about a dozen kernels; what runs on a CPU")
     if hardware is None:
         refused = Candidate("cuda", (), None, "no CUDA device", refused=True)
         return [refused, reference]
@@ -87,8 +91,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     kept = -(-vectors // threads) * width
     keep = kept <= MAX_KEPT
     traffic = passes(spec.function) if keep else passes(spec.function) + 2 * FORMS[spec.function].addends
-    read = hardware.read_tbps or 1.0
-    us = LAUNCH_US + traffic * spec.rows * spec.hidden * spec.dtype.itemsize / (read * 1e6)
+    us = LAUNCH_US + traffic * tensor_us
     reason = f"{threads} threads a row, {width * spec.dtype.itemsize}-byte accesses, " + (
         f"{kept} values a thread in registers" if keep else "the row is read three times: too wide for registers"
     )

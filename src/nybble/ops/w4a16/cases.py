@@ -12,15 +12,12 @@ from torch import Tensor
 
 from nybble.formats.grouped import GROUP_SIZES, QuantizedWeight
 from nybble.formats.tiles import PackedWeight
-from nybble.ops.case import Case, Tensors, take
+from nybble.ops.case import ROUNDING, Case, Tensors, take
 from nybble.ops.w4a16 import cost, op
 from nybble.runtime.choice import Choice
 from nybble.runtime.errors import wrong_value
 from nybble.runtime.hardware import H200, Hardware
 from nybble.runtime.source import Source
-
-ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Half a unit in the last place, relative."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from nybble.runtime.choice import choose as pick
 from nybble.runtime.hardware import Hardware
 
 HALF = (torch.float16, torch.bfloat16)
-TILES: tuple[tuple[int, int], ...] = ((8, 8), (16, 4), (32, 2), (64, 2))
-"""(TILE_M, SLICES) of mma.cu. More slices keep more weights in flight, fewer leave registers for more rows: at
-TILE_M 16, or with act-order's gather, eight slices (64 registers a thread) spill, four do not; at TILE_M 32 and
-group_size 32 four (128 registers) spill, two do not."""
-LAUNCH_US = 1.2
-"""The smallest useful kernel as a node of a CUDA graph on an H200."""
+TILES: tuple[tuple[int, int, float], ...] = ((8, 8, 1.0), (16, 4, 1.3), (32, 2, 1.7), (64, 2, 3.3))
+"""(TILE_M, SLICES, time of a pass over the weights beside that of the first) of mma.cu. More slices keep more weights in
+flight, fewer leave registers for more rows: at TILE_M 16, or with act-order's gather, eight slices (64 registers a
+thread) spill, four do not; at TILE_M 32 and group_size 32 four (128 registers) spill, two do not."""
+LAUNCH_US, STREAM, MATHS = 5.5, 2.45, 0.24
+"""Fitted to results/h200/w4a16.jsonl: start and end of a call in us; how many times longer than a plain read the weights
+take; the part of the fp16 rate that many rows reach."""
 
 
 class Spec(NamedTuple):
@@ -59,15 +60,13 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     if spec.dtype not in HALF:
         reason = f"needs float16 or bfloat16 activations, got {spec.dtype}"
         return [Candidate("mma", (), None, reason, refused=True), reference]
-    tile, slices = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
+    tile, slices, slower = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
     slices = min(slices, 4) if spec.perm else slices
-    # Each tile of rows reads the weights again, from L2 at best; the tensor cores reach about a third of their rate.
-    passes = -(-spec.m // tile)
-    memory = weight_bytes / (read * 1e6) * (1 + 0.3 * (passes - 1))
-    maths = flops / ((hardware.half_tflops or 300.0) * 0.3 * 1e6)
+    memory = STREAM * slower * weight_bytes / (read * 1e6)
+    maths = flops / ((hardware.half_tflops or 300.0) * MATHS * 1e6)
     reason = f"{tile} rows x 64 features a block, {slices} slices along K"
     config = (("TILE_M", tile), ("SLICES", slices))
-    return [Candidate("mma", config, LAUNCH_US + max(1.6 * memory, maths), reason), reference]
+    return [Candidate("mma", config, LAUNCH_US + max(memory, maths), reason), reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:
