@@ -12,12 +12,12 @@ from nybble.runtime.hardware import Hardware
 
 HALF = (torch.float16, torch.bfloat16)
 TILES: tuple[tuple[int, int, float], ...] = ((8, 8, 1.0), (16, 4, 1.3), (32, 2, 1.7), (64, 2, 3.3))
-"""(TILE_M, SLICES, time of a pass over the weights beside that of the first) of mma.cu. More slices keep more weights in
-flight, fewer leave registers for more rows: at TILE_M 16, or with act-order's gather, eight slices (64 registers a
+"""(TILE_M, SLICES, time of a pass over the weights, that of the first being 1) of mma.cu. More slices keep more weights
+in flight, fewer leave registers for more rows: at TILE_M 16, or with act-order's gather, eight slices (64 registers a
 thread) spill, four do not; at TILE_M 32 and group_size 32 four (128 registers) spill, two do not."""
 LAUNCH_US, STREAM, MATHS = 5.5, 2.45, 0.24
-"""Fitted to results/h200/w4a16.jsonl: start and end of a call in us; how many times longer than a plain read the weights
-take; the part of the fp16 rate that many rows reach."""
+"""Fitted to results/h200/w4a16.jsonl: start and end of a call in us; how many times longer than a plain read the
+weights take; the part of the fp16 rate that many rows reach."""
 
 
 class Spec(NamedTuple):
