@@ -152,7 +152,8 @@ def test_choice_is_pure_and_says_why() -> None:
     spec = NormCase("add_layernorm", 1, 2560, torch.float16).spec()
     chosen = cost.choose(spec, H200)
     assert chosen.pick.variant == "cuda"
-    assert dict(chosen.pick.config) == {"VEC": 8, "THREADS": 320, "KEEP": True}
+    assert dict(chosen.pick.config) == {"VEC": 8, "THREADS": 320, "KEEP": True, "EARLY": True}
+    assert dict(cost.choose(spec._replace(rows=512), H200).pick.config)["EARLY"] is False
     assert cost.choose(spec, None).pick.variant == "reference"
     old = A100._replace(capability=(7, 5))
     assert cost.choose(spec, old).pick.variant == "reference"

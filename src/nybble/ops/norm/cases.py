@@ -152,6 +152,7 @@ SMALL: tuple[NormCase, ...] = tuple(NormCase(function, 8, 512, torch.float32) fo
 GATE: tuple[NormCase, ...] = (
     *(NormCase(f, 1, hidden, d) for f in FUNCTIONS for d in DTYPES for hidden in (768, 2560, 4096, 5120, 8192)),
     *(NormCase(f, 1, hidden, d) for f in ("add_dual_layernorm", "rmsnorm") for d in DTYPES for hidden in (2561, 65536)),
+    *(NormCase(f, 4096, hidden, d) for f in FUNCTIONS for d in DTYPES for hidden in (2560, 4096)),
 )
 """What the compile gate builds; the hidden sizes of real models, an odd one, and one too wide for registers."""
 

@@ -166,12 +166,18 @@ def _operator(function: str, names: tuple[str, ...], tensors: int) -> Any:
             pointers.append(pointer)
         pointers += tail
         count = x.numel() // hidden if hidden else 0
-        key = (hidden, dtype, pointers[5] == 0, aligned & 15, count.bit_length(), variant, device)
+        key = (hidden, dtype, pointers[5] == 0, aligned & 15, (count - 1).bit_length(), variant, device)
         plan = plans.get(key, _MISSING)
         if plan is _MISSING:
             split(arguments)
             spec = cost.Spec(
-                function, dtype, hidden, pointers[5] != 0, aligned & 15 == 0, 1 << count.bit_length(), variant
+                function,
+                dtype,
+                hidden,
+                pointers[5] != 0,
+                aligned & 15 == 0,
+                1 << max(0, count - 1).bit_length(),
+                variant,
             )
             plan = plans[key] = _make(spec, device)
         if plan is None or not 0.0 <= eps < _INF or (form.norms == 2 and (pointers[5] == 0) != (pointers[7] == 0)):
