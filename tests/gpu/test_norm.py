@@ -30,6 +30,17 @@ def test_large_mean_keeps_its_digits(function: str, hidden: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_row_is_the_same_in_any_batch(function: str, dtype: torch.dtype) -> None:
+    """Few rows and many run different specialisations of the kernel, with the same arithmetic."""
+    many = NormCase(function, 512, 2560, dtype)
+    inputs = many.make("cuda")
+    few = {name: t[7:9] if t.dim() == 2 else t for name, t in inputs.items()}
+    for whole, part in zip(many.run(inputs), many.run(few), strict=True):
+        assert torch.equal(whole[7:9], part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_and_unaligned_inputs(dtype: torch.dtype) -> None:
     weight, bias = torch.randn(2, 2560, device="cuda").to(dtype)
     strided = torch.randn(6, 2, 2 * 2560, device="cuda").to(dtype)[:, 0, ::2]

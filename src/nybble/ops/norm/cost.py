@@ -13,8 +13,8 @@ from nybble.runtime.hardware import Hardware
 MAX_KEPT = 32
 """Values a thread keeps: 32 of its 64 registers at 1024 threads, as measured by the compile gate (no spills)."""
 EARLY_ROWS = 128
-"""Up to as many rows the weights are asked for together with the row: 0.2 to 0.4 us of 2.4 to 3.3 at 1 to 128 rows of 2560;
-from 256 rows on it is even or slower, at worst 5.3 to 6.4 us (add_dual_layernorm, 512 rows)."""
+"""Up to as many rows the weights are asked for together with the row: it saves 0.2 to 0.4 us of 2.4 to 3.3 at 1 to 128
+rows of 2560; from 256 rows on it is even or slower, at worst 6.4 us beside 5.3 (add_dual_layernorm, 512 rows)."""
 LAUNCH_US = 2.2
 """A call with one row as a node of a CUDA graph: 2.0 to 2.6 us on an H200 (results/h200/norm.jsonl)."""
 

@@ -16,8 +16,8 @@
 //               KEEP: 1 keeps the row in registers, 0 reads it again in each pass (rows too wide for registers)
 //               EARLY: 1 asks for weights and biases together with the row and keeps them in registers, for few rows
 // Roof          memory: (inputs + outputs) * rows * HIDDEN * sizeof(T) bytes when KEEP; the weights stay in cache
-// Source        own work. Statistics: each warp takes the deviations from its own mean, then the warps are merged (Chan,
-//               Golub and LeVeque 1983), because E[x^2] - E[x]^2 loses everything at mean 1e4 and deviation 1.
+// Source        own work. Statistics: each warp takes the deviations from its own mean, then the warps are merged
+//               (Chan, Golub and LeVeque 1983), because E[x^2] - E[x]^2 loses everything at mean 1e4 and deviation 1.
 #include "reduce.cuh"
 #include "vectors.cuh"
 
@@ -42,7 +42,9 @@ __device__ __forceinline__ Vector<T, VEC> load_now(const T* from) {
     Vector<T, VEC> v;
     if constexpr (sizeof(v) == 16) {
         uint4& w = reinterpret_cast<uint4&>(v);
-        asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from));
+        asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                     : "l"(from));
     } else {
         v = *reinterpret_cast<const Vector<T, VEC>*>(from);
     }
