@@ -154,6 +154,9 @@ def test_choice_is_pure_and_says_why() -> None:
     assert chosen.pick.variant == "cuda"
     assert dict(chosen.pick.config) == {"VEC": 8, "THREADS": 320, "KEEP": True, "EARLY": True}
     assert dict(cost.choose(spec._replace(rows=512), H200).pick.config)["EARLY"] is False
+    assert dict(cost.choose(spec._replace(rows=16384), H200).pick.config)["THREADS"] == 320
+    residual = spec._replace(function="layernorm_residual", rows=16384)
+    assert dict(cost.choose(residual, H200).pick.config)["THREADS"] == 128
     assert cost.choose(spec, None).pick.variant == "reference"
     old = A100._replace(capability=(7, 5))
     assert cost.choose(spec, old).pick.variant == "reference"
