@@ -31,8 +31,8 @@ def test_large_mean_keeps_its_digits(function: str, hidden: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_row_is_the_same_in_any_batch(function: str, dtype: torch.dtype) -> None:
-    """Few rows and many run different specialisations of the kernel, with the same arithmetic."""
+def test_early_weights_change_no_bit(function: str, dtype: torch.dtype) -> None:
+    """2 rows ask for the weights early, 512 late; the arithmetic is the same."""
     many = NormCase(function, 512, 2560, dtype)
     inputs = many.make("cuda")
     few = {name: t[7:9] if t.dim() == 2 else t for name, t in inputs.items()}

@@ -102,7 +102,7 @@ def test_extreme_values_stay_in_their_row(m: int) -> None:
     check_case(replace(case, dtype=torch.bfloat16), "cuda", inputs=replace(inputs, x=inputs.x.bfloat16()))
 
 
-def test_results_do_not_depend_on_the_batch_or_the_run() -> None:
+def test_results_are_the_same_in_every_run() -> None:
     case = W4A16Case(40, 512, 2048)
     inputs = case.make("cuda")
     first = case.run(inputs)[0]
