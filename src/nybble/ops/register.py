@@ -80,8 +80,8 @@ def eager(arguments: tuple[Any, ...]) -> bool:
     """Whether nothing but the CUDA implementation could see this call, so that it may step past the dispatcher.
 
     The dispatcher with its Python autograd key costs 6 us of host time, more than the launch. It is needed under
-    ``torch.compile``, a dispatch mode (fake tensors, tracing), a functorch transform, for tensor subclasses, and where a
-    gradient is asked for.
+    ``torch.compile``, a dispatch mode (fake tensors, tracing), a functorch transform, for tensor subclasses, and where
+    a gradient is asked for.
     """
     x = arguments[0]
     return (
