@@ -94,6 +94,10 @@ def test_refusals_are_named() -> None:
         QuantizedWeight(weight.q.int(), weight.zeros, weight.scales, 32)
     with pytest.raises(ValueError, match=r"zeros: expected shape \[G, N\] = \[4, 64\], got \[4, 8\]"):
         QuantizedWeight(weight.q, weight.zeros[:, :8], weight.scales, 32)
+    with pytest.raises(ValueError, match=r"scales: expected device cpu, that of q, got meta"):
+        QuantizedWeight(weight.q, weight.zeros, weight.scales.to("meta"), 32)
+    with pytest.raises(ValueError, match=r"g_idx: expected device cpu, that of q, got meta"):
+        QuantizedWeight(weight.q, weight.zeros, weight.scales, 32, uneven.to("meta"))
     with pytest.raises(ValueError, match=r"q: expected values 0..15, got 16"):
         QuantizedWeight(weight.q + 1, weight.zeros, weight.scales, 32)
     with pytest.raises(ValueError, match=r"g_idx: expected groups 0..3, got 0..9"):

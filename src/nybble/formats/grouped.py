@@ -50,6 +50,8 @@ class QuantizedWeight:
                 raise wrong_type(op, name, " or ".join(map(str, dtypes)), tensor.dtype)
             if tensor.dim() != 2:
                 raise wrong_value(op, name, "2 dimensions", list(tensor.shape))
+            if tensor.device != self.q.device:
+                raise wrong_value(op, name, f"device {self.q.device}, that of q", tensor.device)
         k, n = self.q.shape
         if k == 0 or n == 0:
             raise wrong_value(op, "q", "K > 0 and N > 0", [k, n])
@@ -64,6 +66,8 @@ class QuantizedWeight:
                 raise wrong_type(op, "g_idx", torch.int32, self.g_idx.dtype)
             if tuple(self.g_idx.shape) != (k,):
                 raise wrong_value(op, "g_idx", f"shape [K] = [{k}]", list(self.g_idx.shape))
+            if self.g_idx.device != self.q.device:
+                raise wrong_value(op, "g_idx", f"device {self.q.device}, that of q", self.g_idx.device)
             low, high = int(self.g_idx.min()), int(self.g_idx.max())
             if low < 0 or high >= groups:
                 raise wrong_value(op, "g_idx", f"groups 0..{groups - 1}", f"{low}..{high}")

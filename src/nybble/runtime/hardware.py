@@ -43,12 +43,15 @@ A100 = Hardware("NVIDIA A100-SXM4-80GB", "a100", (8, 0), 108, 166912, 40 << 20, 
 KNOWN = {card.slug: card for card in (H200, A100)}
 
 
-@cache
 def current(index: int | None = None) -> Hardware | None:
     """The CUDA device ``index`` (default: the current one), or ``None`` on a machine without one."""
     if not torch.cuda.is_available():
         return None
-    index = torch.cuda.current_device() if index is None else index
+    return _of(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _of(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     for card in KNOWN.values():
         if card.name == properties.name:

@@ -17,7 +17,7 @@ THREADS, MANY_THREADS, MANY = 512, 128, 1 << 21
 smaller blocks overlap one row's reading with another's writing. layernorm_residual, 16384 x 4096: 112 us beside 144;
 fp32 add_layernorm, 4096 x 2560: 42.5 beside 47.4. The other functions in 16 bits are even or slower that way."""
 EARLY_ROWS = 128
-"""Up to as many rows the weights are asked for together with the row: it saves 0.2 to 0.4 us of 2.4 to 3.3 at 1 to 128
+"""Up to as many rows the weights are asked for together with the row: it saves 0.1 to 0.4 us of 2.4 to 3.3 at 1 to 128
 rows of 2560; from 256 rows on it is even or slower, at worst 6.4 us beside 5.3 (add_dual_layernorm, 512 rows)."""
 LAUNCH_US = 2.2
 """A call with one row as a node of a CUDA graph: 2.0 to 2.6 us on an H200 (results/h200/norm.jsonl)."""

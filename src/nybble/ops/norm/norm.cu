@@ -106,7 +106,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
         };
 
         // Phase 1: read the row once and write the sum.
-        float total[1] = {0.0f};
+        float total = 0.0f;
         for_each_vector([&](int i, int column) {
             float h[VEC];
             if constexpr (EARLY_AFTER) residual[i] = *reinterpret_cast<const Vector<T, VEC>*>(after + start + column);
@@ -119,7 +119,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
             }
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
-                total[0] += RMS ? h[e] * h[e] : h[e];
+                total += RMS ? h[e] * h[e] : h[e];
                 if constexpr (KEEP) kept[i][e] = h[e];
             }
             if constexpr (STORE_SUM) store_vector(sum + start + column, h);
@@ -128,11 +128,10 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
         // Phase 2: statistics, with one barrier.
         float centre = 0.0f, shift = 0.0f, variance;
         if constexpr (RMS) {
-            block_sum<THREADS>(total, partial);
-            variance = total[0] / HIDDEN;
+            variance = block_sum<THREADS>(total, partial) / HIDDEN;
         } else {
             // A warp's deviations from its own mean are exact where the mean is large, whatever the mean's rounding.
-            const float mean = warp_sum(total[0]) / owned(warp);
+            const float mean = warp_sum(total) / owned(warp);
             float first = 0.0f, second = 0.0f;
             for_each_vector([&](int i, int column) {
                 float h[VEC];
