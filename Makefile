@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter .venv is made from; default: the first of python3, python3.13, 3.12, 3.11 that is
 #                       3.11 or newer. For the GPU targets: run with this interpreter as it is, and install nothing.
-#   ARGS="-k norm"      passed on to pytest, and to `nybble bench run`
+#   ARGS="-k norm"      passed on to pytest, and to `nybble bench run` and `nybble bench plot`
 #   VENV=.venv          where the virtual environment is
 
 VENV   ?= .venv
@@ -25,7 +25,7 @@ endif
 SANITIZER ?= $(or $(shell command -v compute-sanitizer),$(wildcard /usr/local/cuda/bin/compute-sanitizer),compute-sanitizer)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs gate snapshot lint format types hooks test-gpu sanitize bench clean
+.PHONY: help install demo test docs gate snapshot lint format types hooks test-gpu sanitize bench plots clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS=...]"
@@ -96,6 +96,9 @@ sanitize: $(GPU_SETUP)  ## compute-sanitizer over the kernels: memcheck, then ra
 
 bench: $(GPU_SETUP)  ## time the operations against their peers (ARGS="w4a16 --save" keeps the rows in results/)
 	$(GPU_PY) -m nybble bench run $(ARGS)
+
+plots: $(STAMP)  ## draw the documents' pictures, docs/ops/<op>.svg, from the rows in results/
+	$(NYBBLE) bench plot $(ARGS)
 
 clean:  ## remove .venv, caches and build products
 	rm -rf $(VENV) build dist src/nybble.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -94,7 +94,9 @@ def test_python_m_nybble_is_the_command_line():
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], ["bench", "run"], ["generate"], ["ppl"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["bench"], ["bench", "run"], ["bench", "plot"], ["generate"], ["ppl"], ["info"]]
+)
 def test_help_of_every_command(command):
     assert "Usage:" in run(*command, "--help").stdout
 
@@ -338,6 +340,104 @@ def test_bench_run_with_a_wrong_result_says_so_and_exits_1(monkeypatch):
     facts = json.loads(run(*arguments, "--json", code=1).stdout)
     assert [row["provider"] for row in facts["rows"]] == ["torch"]
     assert len(facts["wrong"]) == 1
+
+
+RMSNORM = ("bench", "run", "norm", "--quick", "--device", "cpu", "--filter", "rmsnorm")
+
+
+def test_bench_run_draws_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*RMSNORM, "--plot")
+    assert result.stderr.splitlines() == ["drew norm.svg"]
+    picture = (tmp_path / "norm.svg").read_text(encoding="utf-8")
+    for word in ("norm on cpu", "float32, hidden 512", "nybble/reference", "torch/eager"):
+        assert f">{word}" in picture
+    assert [file.name for file in tmp_path.iterdir()] == ["norm.svg"]
+
+
+def test_bench_run_draws_where_it_is_told_and_json_says_where(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    assert run_json(*RMSNORM, "--plot-to", path)["plots"] == [str(path)]
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert run_json(*RMSNORM)["plots"] == []
+
+
+def test_a_picture_that_cannot_be_written_loses_no_measurement(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "norm.svg"
+    facts = json.loads(run(*RMSNORM, "--json", "--plot-to", path, code=1).stdout)
+    assert len(facts["rows"]) == 2
+    assert facts["plots"] == []
+    assert facts["not_drawn"][0].startswith(f"{path}: not drawn: ")
+    assert f"{path}: not drawn" in run(*RMSNORM, "--plot-to", path, code=1).stderr
+
+
+def test_pictures_that_cannot_be_are_refused_before_anything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli_bench, "_measure", lambda *arguments, **options: pytest.fail("it measured"))
+    line = mistake(*RMSNORM, "--plot-to", tmp_path / "norm.pdf")
+    assert line == "nybble: plot: path: expected a name that ends in .svg or .png, got 'norm.pdf'"
+    several = mistake("bench", "run", "--device", "cpu", "--plot-to", tmp_path / "all.svg")
+    assert several.endswith("one picture shows one operation, not norm, w4a16; name one OP, or use --plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in mistake(*RMSNORM, "--plot", code=1)
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """A results folder with two points of norm in fp32, as measured on a card called fake."""
+    (row,) = run_json(*RMSNORM, "--no-peers", "--commit", "abc")["rows"]
+    rows = [{**row, "shape": {"rows": n, "hidden": 512}, "floor_us": 0.1, "gpu": "Fake GPU"} for n in (8, 64)]
+    file = tmp_path / "results" / "fake" / "norm.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return tmp_path / "results"
+
+
+def test_bench_plot_draws_the_saved_rows_of_all_that_have_some(results, tmp_path):
+    arguments = (
+        "bench",
+        "plot",
+        "--results",
+        results,
+        "--gpu",
+        "fake",
+        "--dtype",
+        "fp32",
+        "--to",
+        tmp_path / "pictures",
+    )
+    path = tmp_path / "pictures" / "norm.svg"
+    result = run(*arguments)
+    assert (result.stdout, result.stderr) == ("", f"drew {path}: 2 of 2 rows\n")
+    first = path.read_bytes()
+    assert b">norm on Fake GPU<" in first
+    facts = run_json(*arguments)
+    assert facts == {
+        "plots": [{"op": "norm", "path": str(path), "dtype": "float32", "rest": {"hidden": 512}, "rows": 2}]
+    }
+    run("bench", "plot", "norm", *arguments[2:], "--dtype", "auto")
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["norm.svg"]
+
+
+def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
+    with (results / "fake" / "norm.jsonl").open("a") as file:
+        file.write('{"us": \n')
+    arguments = ("bench", "plot", "--results", results, "--gpu", "fake", "--dtype", "auto", "--to", tmp_path)
+    assert "1 damaged lines, left out" in run(*arguments).stderr
+    assert (tmp_path / "norm.svg").exists()
+
+
+def test_mistakes_of_bench_plot(results, tmp_path):
+    options = ("--results", results, "--to", tmp_path / "pictures")
+    assert "there are norm, w4a16" in mistake("bench", "plot", "conv", *options)
+    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16")
+    assert mistake("bench", "plot", "w4a16", *options, "--gpu", "fake").endswith("w4a16.jsonl: no such file or folder")
+    assert "--dtype" in mistake("bench", "plot", *options, "--gpu", "fake", "--dtype", "int8")
+    line = mistake("bench", "plot", *options, "--gpu", "fake")
+    assert line == "nybble: plot: dtype: expected one the rows of norm have, float32, got float16"
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_bench_explain():

@@ -96,8 +96,9 @@ def test_nan_and_inf_stay_in_their_row() -> None:
         ({"eps": -1.0}, ValueError, "eps: expected a finite number >= 0, got -1.0"),
         ({"eps": float("nan")}, ValueError, "eps: expected a finite number"),
         ({"x": torch.zeros(()), "residual": torch.zeros(())}, ValueError, r"x: expected shape \[..., hidden\]"),
-        ({"variant": "fast"}, ValueError, r"variant: expected 'auto' or one of \['cuda', 'reference'\], got 'fast'"),
+        ({"variant": "fast"}, ValueError, r"variant: expected 'auto' or one of \['cuda', 'triton', 'reference'\]"),
         ({"variant": "cuda"}, UnsupportedError, "no variant can run this here .cuda: no CUDA device"),
+        ({"variant": "triton"}, UnsupportedError, "no variant can run this here .triton: no CUDA device"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(change: dict[str, object], error: type[Exception], message: str) -> None:
@@ -150,18 +151,39 @@ def test_compiles_whole_with_dynamic_rows() -> None:
 
 def test_choice_is_pure_and_says_why() -> None:
     spec = NormCase("add_layernorm", 1, 2560, torch.float16).spec()
-    chosen = cost.choose(spec, H200)
-    assert chosen.pick.variant == "cuda"
-    assert dict(chosen.pick.config) == {"VEC": 8, "THREADS": 320, "KEEP": True, "EARLY": True}
-    assert dict(cost.choose(spec._replace(rows=512), H200).pick.config)["EARLY"] is False
-    assert dict(cost.choose(spec._replace(rows=16384), H200).pick.config)["THREADS"] == 320
-    residual = spec._replace(function="layernorm_residual", rows=16384)
-    assert dict(cost.choose(residual, H200).pick.config)["THREADS"] == 128
+
+    def config(**changes: object) -> dict[str, object]:
+        return dict(cost.choose(spec._replace(**changes), H200).pick.config)  # type: ignore[arg-type]
+
+    few = {
+        "VEC": 8,
+        "ALIGN": 8,
+        "THREADS": 320,
+        "ROWS": 1,
+        "CLUSTER": 1,
+        "KEEP": True,
+        "EARLY": True,
+        "AHEAD": True,
+        "STREAM": False,
+    }
+    assert cost.choose(spec, H200).pick.variant == "cuda"
+    assert config() == few
+    assert config(rows=512) == {**few, "EARLY": False, "AHEAD": False}
+    assert config(rows=4096)["THREADS"] == 160
+    assert config(rows=4096, hidden=768)["THREADS"] == 96, "64 threads would leave a third of the last round idle"
+    assert config(rows=4096, function="layernorm_residual")["STREAM"] is True
+    assert config(rows=16384, hidden=4096, function="layernorm_residual")["STREAM"] is False
+    assert config(rows=1 << 17, hidden=128)["ROWS"] == 4
+    assert config(rows=512, dtype=torch.float32)["THREADS"] == 320
+    assert config(rows=4096, dtype=torch.float32)["THREADS"] == 160
+    assert (config(hidden=2561)["VEC"], config(hidden=2561)["ALIGN"]) == (8, 1)
+    assert (config(hidden=2564)["VEC"], config(hidden=2564)["ALIGN"]) == (8, 4)
+    assert (config(hidden=2564, alignment=4)["VEC"], config(hidden=2564, alignment=4)["ALIGN"]) == (2, 2)
+    assert config(rows=512, hidden=4096)["THREADS"] == 256
+    assert config(hidden=65536)["CLUSTER"] == 4
+    assert config(hidden=1 << 18)["KEEP"] is False
+    assert dict(cost.choose(spec._replace(hidden=65536), A100).pick.config)["CLUSTER"] == 1
     assert cost.choose(spec, None).pick.variant == "reference"
     old = A100._replace(capability=(7, 5))
     assert cost.choose(spec, old).pick.variant == "reference"
     assert "needs compute capability 8.0, this GPU has 7.5" in cost.candidates(spec, old)[0].reason
-    unaligned = cost.choose(spec._replace(aligned=False), H200).pick
-    assert dict(unaligned.config)["VEC"] == 1
-    wide = cost.choose(spec._replace(hidden=65536, dtype=torch.float32), H200).pick
-    assert dict(wide.config)["KEEP"] is False

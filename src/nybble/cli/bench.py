@@ -1,4 +1,4 @@
-"""``nybble bench``: list the cases, run them beside the peers, explain a choice."""
+"""``nybble bench``: list the cases, run them beside the peers, draw the rows, explain a choice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ JSON = typer.Option(False, "--json", help="Print one JSON object and nothing els
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
 FILTER = typer.Option("", help="Only cases with all these words: a function, a dtype, m=1; commas between them.")
 OPS = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out.")
+OPS_WITH_ROWS = typer.Argument(None, metavar="[OP]...", help="Operations; when left out, all that have rows.")
 RESULTS = typer.Option("results", help="Where rows are kept.")
+PLOT_TO = typer.Option(None, "--plot-to", help="The same into this .svg or .png; needs a single OP.")
+PICTURES = typer.Option("docs/ops", help="The folder the pictures go to, each as <op>.svg.")
 
 
 def cases_module(op: str) -> Any:
@@ -104,6 +107,8 @@ def run(
     small: bool = typer.Option(False, "--small", help="The small cases a CPU runs, on a GPU too."),
     save: bool = typer.Option(False, help="Append the rows to RESULTS/<gpu>/<op>.jsonl."),
     results: Path = RESULTS,
+    plot: bool = typer.Option(False, "--plot", help="Draw the rows just measured: <op>.svg in this folder."),
+    plot_to: Path | None = PLOT_TO,
     commit: str = typer.Option("", help="The commit to stamp rows with, where git can't tell."),
     device: str = DEVICE,
     json: bool = JSON,
@@ -119,6 +124,7 @@ def run(
     where = device_of(device)
     hardware, ceilings = _ceilings(where)
     chosen = select(ops or [], gpu=hardware is not None and not small, words=filter)
+    pictures = _pictures([op for op, some in chosen.items() if some], plot_to) if plot or plot_to else {}
     at = report.stamp(hardware, commit=commit or None)
     err, out = stderr(), stdout()
     if not json:
@@ -128,6 +134,8 @@ def run(
     notes: dict[str, int] = {}
     measured: list[Measurement] = []
     saved: list[str] = []
+    drawn: list[str] = []
+    failed: list[str] = []
     slug = hardware.slug if hardware is not None else "cpu"
     for op, some in chosen.items():
         rows = []
@@ -142,6 +150,8 @@ def run(
             saved.append(str(path))
             if damaged:
                 err.print(f"{path}: {damaged} damaged lines, kept as they are", style="yellow", soft_wrap=True)
+        if op in pictures:
+            _draw_measured(op, rows, pictures[op], drawn, failed)
     wrong = report.wrong_lines(measured)
     if json:
         print_json(
@@ -152,6 +162,8 @@ def run(
                 "wrong": wrong,
                 "notes": list(notes),
                 "saved": saved,
+                "plots": drawn,
+                "not_drawn": failed,
             }
         )
     else:
@@ -159,10 +171,38 @@ def run(
             out.print(f"{text}{f'  ({count} cases)' if count > 1 else ''}", style="dim", markup=False, soft_wrap=True)
         for path in saved:
             err.print(f"saved {path}", markup=False, soft_wrap=True)
-        for text in wrong:
+        for path in drawn:
+            err.print(f"drew {path}", markup=False, soft_wrap=True)
+        for text in (*wrong, *failed):
             err.print(text, style="red", markup=False, soft_wrap=True)
-    if wrong:
+    if wrong or failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _pictures(ops: list[str], to: Path | None) -> dict[str, Path]:
+    """Where the picture of each operation goes; what rules one out is said before anything is measured."""
+    from nybble.bench import plot
+
+    if to is not None and len(ops) != 1:
+        raise typer.BadParameter(
+            f"one picture shows one operation, not {', '.join(ops) or 'none'}; name one OP, or use --plot",
+            param_hint="--plot-to",
+        )
+    pictures = {op: to or Path(f"{op}.svg") for op in ops}
+    for path in pictures.values():
+        plot.check(path)
+    return pictures
+
+
+def _draw_measured(op: str, rows: list[dict[str, Any]], path: Path, drawn: list[str], failed: list[str]) -> None:
+    """A picture that can't be written is a line among the failures: the measurement before it is not lost."""
+    from nybble.bench import plot
+
+    try:
+        plot.draw(op, rows, path)
+        drawn.append(str(path))
+    except (OSError, ValueError) as error:
+        failed.append(f"{path}: not drawn: {error}")
 
 
 def _ceilings(where: Any) -> tuple[Hardware | None, Any]:
@@ -211,6 +251,49 @@ def _measure(
     for case in track(cases, description=description, console=console, transient=True, disable=disable):
         rounds = 8 if quick else 30
         yield bench_case(case, device=where, hardware=hardware, peers=peers, rounds=rounds, note=note)
+
+
+@app.command("plot")
+def plot_saved(
+    ops: list[str] = OPS_WITH_ROWS,
+    results: Path = RESULTS,
+    gpu: str = typer.Option("h200", help="Whose rows: a folder of RESULTS."),
+    dtype: str = typer.Option(
+        "float16", "--dtype", help="float16, bfloat16 or float32; auto: float16 if there is any."
+    ),
+    to: Path = PICTURES,
+    json: bool = JSON,
+) -> None:
+    """Draw the saved rows: time against size, and the fraction of the roof, of every provider.
+
+    One picture an operation, of the shape measured at the most sizes; the newest row of each case counts. The same
+    rows give the same file.
+    """
+    from nybble.bench import plot, report
+    from nybble.ops import OPERATIONS
+
+    for op in ops or []:
+        cases_module(op)
+    folder = results / gpu
+    files = {op: folder / f"{op}.jsonl" for op in dict.fromkeys(ops or OPERATIONS)}
+    if not ops:
+        files = {op: file for op, file in files.items() if file.exists()}
+    if not files:
+        raise fail(f"{folder}: no rows of {', '.join(OPERATIONS)}")
+    wanted = dtype_of(dtype)
+    name = None if wanted is None else str(wanted).removeprefix("torch.")
+    err, drawn = stderr(), []
+    for op, file in files.items():
+        rows, damaged = report.read_lines(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        if damaged:
+            err.print(f"{file}: {damaged} damaged lines, left out", style="yellow", soft_wrap=True)
+        path = to / f"{op}.svg"
+        shown = plot.draw(op, rows, path, dtype=name)
+        drawn.append({"op": op, "path": str(path), "dtype": shown.dtype, "rest": shown.rest, "rows": len(shown.rows)})
+        if not json:
+            err.print(f"drew {path}: {len(shown.rows)} of {len(rows)} rows", markup=False, soft_wrap=True)
+    if json:
+        print_json({"plots": drawn})
 
 
 @app.command("explain")

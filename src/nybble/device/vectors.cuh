@@ -14,10 +14,16 @@ __device__ __forceinline__ void load_vector(const T* __restrict__ from, float (&
     for (int i = 0; i < COUNT; ++i) values[i] = to_float(packed.lane[i]);
 }
 
+// Each value rounded to T, once.
 template <typename T, int COUNT>
-__device__ __forceinline__ void store_vector(T* __restrict__ to, const float (&values)[COUNT]) {
+__device__ __forceinline__ Vector<T, COUNT> rounded(const float (&values)[COUNT]) {
     Vector<T, COUNT> packed;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) packed.lane[i] = from_float<T>(values[i]);
-    *reinterpret_cast<Vector<T, COUNT>*>(to) = packed;
+    return packed;
+}
+
+template <typename T, int COUNT>
+__device__ __forceinline__ void store_vector(T* __restrict__ to, const float (&values)[COUNT]) {
+    *reinterpret_cast<Vector<T, COUNT>*>(to) = rounded<T>(values);
 }

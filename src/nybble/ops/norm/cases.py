@@ -117,14 +117,16 @@ class NormCase(Case):
 
     def spec(self, variant: str = "auto") -> cost.Spec:
         rows = 1 << max(0, self.rows - 1).bit_length()
-        return cost.Spec(self.function, self.dtype, self.hidden, not self.form.rms, True, rows, variant)
+        return cost.Spec(self.function, self.dtype, self.hidden, not self.form.rms, 16, rows, variant)
 
     def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
         return cost.choose(self.spec(variant), hardware)
 
     def sources(self, hardware: Hardware) -> list[Source]:
         spec = self.spec()
-        return [op.source(spec, c.config) for c in cost.candidates(spec, hardware) if c.config and not c.refused]
+        return [
+            op.source(spec, c.config) for c in cost.candidates(spec, hardware) if c.variant == "cuda" and not c.refused
+        ]
 
     @property
     def bytes(self) -> int:
@@ -141,10 +143,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NAMED = ("layernorm_residual", "add_layernorm", "add_rmsnorm", "add_dual_layernorm")
 _POINTS = ((1, 2560), (8, 2560), (512, 2560), (4096, 2560), (16384, 4096))
 
-BENCH: tuple[NormCase, ...] = tuple(
-    NormCase(function, rows, hidden, dtype) for dtype in DTYPES for function in _NAMED for rows, hidden in _POINTS
+BENCH: tuple[NormCase, ...] = (
+    *(NormCase(function, rows, hidden, dtype) for dtype in DTYPES for function in _NAMED for rows, hidden in _POINTS),
+    *(NormCase(function, rows, 4096) for function in _NAMED for rows in (1, 8, 64, 512, 4096)),
+    *(NormCase("add_layernorm", rows, hidden) for hidden in (2561, 2564, 65536) for rows in (512, 4096)),
+    *(NormCase("rmsnorm", rows, hidden) for rows, hidden in ((1 << 17, 128), (4096, 2560))),
 )
-"""What a GPU is measured on."""
+"""What a GPU is measured on: the shapes of GPT-NeoX and Llama, row lengths off every vector beside one on it, rows as
+wide as a cluster, and the short rows of a query or key norm."""
 
 SMALL: tuple[NormCase, ...] = tuple(NormCase(function, 8, 512, torch.float32) for function in FUNCTIONS)
 """What a CPU can run in a moment."""
@@ -153,8 +159,11 @@ GATE: tuple[NormCase, ...] = (
     *(NormCase(f, 1, hidden, d) for f in FUNCTIONS for d in DTYPES for hidden in (768, 2560, 4096, 5120, 8192)),
     *(NormCase(f, 1, hidden, d) for f in ("add_dual_layernorm", "rmsnorm") for d in DTYPES for hidden in (2561, 65536)),
     *(NormCase(f, 4096, hidden, d) for f in FUNCTIONS for d in DTYPES for hidden in (2560, 4096)),
+    *(NormCase(f, 512, hidden, d) for f in FUNCTIONS for d in DTYPES for hidden in (2560, 1 << 18)),
+    *(NormCase(f, 1 << 17, 128, d) for f in ("rmsnorm", "layernorm") for d in DTYPES),
 )
-"""What the compile gate builds; the hidden sizes of real models, an odd one, and one too wide for registers."""
+"""What the compile gate builds: hidden sizes of real models with few and with many rows, an odd one, a cluster's, one
+too wide for any registers, and short rows."""
 
 
 def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> NormCase:

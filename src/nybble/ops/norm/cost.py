@@ -1,7 +1,8 @@
-"""Which form of the norm kernel runs: a row kept in registers by one block, or read again in each pass."""
+"""Which form of the norm kernel runs: how many threads, warps or blocks share a row, and what is fetched ahead."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,17 +11,25 @@ from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.choice import choose as pick
 from nybble.runtime.hardware import Hardware
 
-MAX_KEPT = 32
-"""Values a thread keeps: 32 of its 64 registers at 1024 threads, as measured by the compile gate (no spills)."""
-THREADS, MANY_THREADS, MANY = 512, 128, 1 << 21
-"""Threads a row, and how many once there are MANY elements and the row is fp32 or a residual is added after the norm:
-smaller blocks overlap one row's reading with another's writing. layernorm_residual, 16384 x 4096: 112 us beside 144;
-fp32 add_layernorm, 4096 x 2560: 42.5 beside 47.4. The other functions in 16 bits are even or slower that way."""
-EARLY_ROWS = 128
-"""Up to as many rows the weights are asked for together with the row: it saves 0.1 to 0.4 us of 2.4 to 3.3 at 1 to 128
-rows of 2560; from 256 rows on it is even or slower, at worst 6.4 us beside 5.3 (add_dual_layernorm, 512 rows)."""
-LAUNCH_US = 2.2
-"""A call with one row as a node of a CUDA graph: 2.0 to 2.6 us on an H200 (results/h200/norm.jsonl)."""
+MAX_THREADS, MAX_CLUSTER = 1024, 8
+KEPT = 16
+"""Values a thread keeps of a row, up to which no specialisation spills at 1024 threads (64 registers each)."""
+FEW_ROWS = 64
+"""Up to as many rows the time is that of waiting: one vector a thread, weights asked for with the row, and all of it
+brought into L2 while the previous kernel still runs. add_layernorm, 1 x 2560: 2.17 us without any of it, 1.55 with
+programmatic dependent launch alone, 1.34 with all; 64 rows: 2.40, 1.75, 1.71. From some hundred rows on asking twice
+costs more than it hides: 5.4 us beside 4.6 at 512 rows."""
+RESIDENT_THREADS = 1536
+"""Threads a multiprocessor holds, of 40 registers each. While all rows fit at once, 8 values a thread; beyond, 16, as
+smaller blocks overlap one row's reading with another's writing. layernorm_residual, 4096 x 2560: 19.9 us with 8 values,
+18.1 with 16; 16384 x 4096: 131 and 108; add_layernorm, 512 x 4096: 5.64 and 4.84, but 512 x 2560: 3.65 and 4.29."""
+STREAM_BYTES = (8 << 20, 96 << 20)
+"""Traffic of a 16-bit layernorm_residual between which streaming accesses pay: 15.2 us beside 18.1 at 63 MB. At 400 MB
+they cost 4 %, and for every other function 2 to 4 %."""
+LAUNCH_US = 1.2
+"""A call with one row as a node of a CUDA graph behind another of ours: 1.2 to 1.5 us on an H200."""
+TRITON_LAUNCH_US = 2.3
+"""The same for the Triton twin, which does not overlap the kernel before it."""
 
 
 class Spec(NamedTuple):
@@ -31,7 +40,7 @@ class Spec(NamedTuple):
         dtype: of every tensor.
         hidden: row length.
         bias: a bias is given (for both norms of the dual form).
-        aligned: every pointer and the row length allow 16-byte accesses.
+        alignment: bytes, a power of two up to 16, that divide every pointer.
         rows: rounded up to a power of two; the exact number is a launch argument.
         variant: ``"auto"`` or a name.
     """
@@ -40,7 +49,7 @@ class Spec(NamedTuple):
     dtype: torch.dtype
     hidden: int
     bias: bool
-    aligned: bool
+    alignment: int
     rows: int
     variant: str
 
@@ -71,10 +80,71 @@ def passes(function: str) -> int:
     return form.addends + form.after + form.norms + form.store_sum
 
 
-def vector(spec: Spec) -> int:
-    """Elements of one access: 16 bytes where pointers and row length allow it, else one element."""
-    full = 16 // spec.dtype.itemsize
-    return full if spec.aligned and spec.hidden % full == 0 else 1
+def vector(spec: Spec) -> tuple[int, int]:
+    """Elements of one access, the widest up to 16 bytes that the pointers allow; and how many of them every row is sure
+    to begin on."""
+    size = spec.dtype.itemsize
+    full = max(1, min(16, spec.alignment) // size)
+    aligned = math.gcd(full, spec.hidden)
+    # From pointers off 16 bytes nothing is gained by making up for the row's own shift.
+    return (full, aligned) if spec.alignment >= 16 else (aligned, aligned)
+
+
+def _threads(vectors: int, per_thread: int) -> int:
+    """Whole warps that own a row's vectors, about so many each."""
+    return 32 * math.ceil(vectors / (32 * max(1, per_thread)))
+
+
+def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
+    """The constants of ``norm.cu`` for a request, beyond those it asks for itself."""
+    form, (width, aligned) = FORMS[spec.function], vector(spec)
+    vectors, few = math.ceil((spec.hidden + width - aligned) / width), spec.rows <= FEW_ROWS
+    eight, sixteen = _threads(vectors, 8 // width), _threads(vectors, 16 // width)
+    resident = spec.rows * min(eight, MAX_THREADS) <= hardware.sms * RESIDENT_THREADS
+    # Idle threads of a last, half-empty round are worse than fewer values each: 96 vectors are 96 threads, not 64.
+    wasted = sixteen * math.ceil(vectors / sixteen) - vectors
+    threads = _threads(vectors, 1) if few else eight if resident or wasted * 8 > vectors else sixteen
+    cluster = 1
+    if hardware.capability >= (9, 0):
+        while vectors * width > cluster * MAX_THREADS * KEPT and cluster < MAX_CLUSTER:
+            cluster *= 2
+    threads = min(threads, _threads(vectors, cluster), MAX_THREADS)
+    kept = math.ceil(vectors / (cluster * threads)) * width
+    keep = kept <= KEPT
+    # Registers of the row and of its weights and biases; more than this spills.
+    held = kept + kept * spec.dtype.itemsize // 4 * form.norms * (1 + spec.bias)
+    traffic = passes(spec.function) * spec.rows * spec.hidden * spec.dtype.itemsize
+    wide = form.after and spec.dtype.itemsize == 2 and width == 8
+    return {
+        "VEC": width,
+        "ALIGN": aligned,
+        "THREADS": threads,
+        "ROWS": 1 if few or threads > 32 else 4,
+        "CLUSTER": cluster if keep else 1,
+        "KEEP": keep,
+        "EARLY": keep and few and aligned == width and held <= (24 if threads > 512 else 64),
+        "AHEAD": keep and few,
+        "STREAM": wide and keep and STREAM_BYTES[0] < traffic <= STREAM_BYTES[1],
+    }
+
+
+def tile(spec: Spec) -> dict[str, int]:
+    """The constants of the Triton twin for a request.
+
+    Returns:
+        ``BLOCK``, a power of two: the row padded, or a chunk of a row of more than 16384 elements (ptxas spills 56 to
+        228 bytes a thread of layernorm_residual and add_dual_layernorm at 32768, none at 16384). ``WARPS`` of a
+        program. ``ROWS`` of a program: rows too short to be worth one are put together once they fill the GPU.
+    """
+    size = spec.dtype.itemsize
+    if spec.hidden > 16384:
+        return {"BLOCK": 16384 // size, "WARPS": 16, "ROWS": 1}
+    block = 1 << (spec.hidden - 1).bit_length()
+    together = 1
+    while together * block < 1024 and spec.rows >= 2048 * together:
+        together *= 2
+    values = (16 if spec.rows <= FEW_ROWS else 32) // size  # one or two 16-byte accesses a thread
+    return {"BLOCK": block, "WARPS": max(1, min(16, together * block // (32 * values))), "ROWS": together}
 
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
@@ -82,31 +152,31 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     read = (hardware.read_tbps or 1.0) if hardware else 0.02
     tensor_us = spec.rows * spec.hidden * spec.dtype.itemsize / (read * 1e6)
     # About a dozen kernels, each reading and writing the row in fp32.
-    reference_us = 12 * (LAUNCH_US + 2 * tensor_us * 4 / spec.dtype.itemsize)
+    reference_us = 12 * (TRITON_LAUNCH_US + 2 * tensor_us * 4 / spec.dtype.itemsize)
     reference = Candidate("reference", (), reference_us, "PyTorch, about a dozen kernels; what runs on a CPU")
-    if hardware is None:
-        refused = Candidate("cuda", (), None, "no CUDA device", refused=True)
-        return [refused, reference]
-    if hardware.capability < (8, 0):
-        reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
-        return [Candidate("cuda", (), None, reason, refused=True), reference]
-    width = vector(spec)
-    vectors = spec.hidden // width
-    many = spec.rows * spec.hidden >= MANY and spec.hidden <= MANY_THREADS * MAX_KEPT
-    narrow = many and (FORMS[spec.function].after or spec.dtype == torch.float32)
-    threads = min(MANY_THREADS if narrow else THREADS, -(-vectors // 32) * 32)
-    if -(-vectors // threads) * width > MAX_KEPT:
-        threads = 1024
-    kept = -(-vectors // threads) * width
-    keep = kept <= MAX_KEPT
-    traffic = passes(spec.function) if keep else passes(spec.function) + 2 * FORMS[spec.function].addends
-    us = LAUNCH_US + traffic * tensor_us
-    reason = f"{threads} threads a row, {width * spec.dtype.itemsize}-byte accesses, " + (
-        f"{kept} values a thread in registers" if keep else "the row is read three times: too wide for registers"
+    if hardware is None or hardware.capability < (8, 0):
+        reason = "no CUDA device"
+        if hardware is not None:
+            reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
+        return [Candidate(name, (), None, reason, refused=True) for name in ("cuda", "triton")] + [reference]
+    addends, crossing = FORMS[spec.function].addends, passes(spec.function)
+    config = shape(spec, hardware)
+    sharing = f"{config['THREADS']} threads a row"
+    if int(config["CLUSTER"]) > 1:
+        sharing += f" in each of {config['CLUSTER']} blocks"
+    if int(config["ROWS"]) > 1:
+        sharing += f", {config['ROWS']} rows a block"
+    traffic = crossing if config["KEEP"] else crossing + 2 * addends
+    reason = f"{sharing}, {int(config['VEC']) * spec.dtype.itemsize}-byte accesses, " + (
+        "the row stays in registers" if config["KEEP"] else "the row is read three times: too wide for registers"
     )
-    early = keep and -(-vectors // threads) <= 2 and spec.rows <= EARLY_ROWS
-    config = (("VEC", width), ("THREADS", threads), ("KEEP", keep), ("EARLY", early))
-    return [Candidate("cuda", config, us, reason), reference]
+    cuda = Candidate("cuda", tuple(config.items()), LAUNCH_US + traffic * tensor_us, reason)
+    tiles = tile(spec)
+    reads = 1 if tiles["BLOCK"] >= spec.hidden else 3 if FORMS[spec.function].rms else 4
+    us = TRITON_LAUNCH_US + (crossing + (reads - 1) * addends) * tensor_us
+    whole = f"{tiles['ROWS']} x {tiles['BLOCK']} tile" if reads == 1 else f"the row is read {reads} times"
+    triton = Candidate("triton", tuple(tiles.items()), us, f"{whole}, {tiles['WARPS']} warps")
+    return [cuda, triton, reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

@@ -7,35 +7,54 @@
 //               STORE_SUM:  sum = h rounded to T
 // Tensors       x0 x1 x2 after y1 y2 sum: T [rows, HIDDEN], contiguous; w1 b1 w2 b2: T [HIDDEN];
 //               all aligned to VEC * sizeof(T) bytes; unused ones are null
-// Layout        a row is HIDDEN / VEC vectors; thread t owns vectors t, t + THREADS, t + 2 * THREADS, ...
-//               so that a warp reads 32 consecutive vectors (512 bytes at 16 bytes a vector)
-// Mapping       block b -> rows b, b + gridDim.x, ...; one row at a time
+// Layout        a row is HIDDEN / VEC vectors; of the row's threads, t owns vectors t, t + THREADS, t + 2 * THREADS, ...
+//               so that a warp reads 32 consecutive vectors (512 bytes at 16 bytes a vector). If HIDDEN is no multiple
+//               of VEC, a row begins inside a vector of the tensor and ends inside another: `shift` elements of its
+//               first vector belong to the row before. Those two are read and written element by element
+// Mapping       block b, group g of THREADS threads -> row b * ROWS + g. With CLUSTER > 1 that many blocks share a row
+//               and their threads count through: row = cluster, and t runs over CLUSTER * THREADS threads
 // Shared memory partial: 3 floats a warp (mean, sum and sum of squares of the deviations from it), at most 384 bytes
-// Constants     T: float, half_t, bf16_t; VEC: 1 or 16 / sizeof(T); THREADS: 32..1024; ADDENDS: 1..3;
+// Constants     T: float, half_t, bf16_t; ADDENDS: 1..3;
+//               VEC: elements a vector, a power of two up to 16 / sizeof(T); ALIGN: the largest power of two up to it
+//               that divides HIDDEN, so that rows begin on ALIGN elements
 //               RMS, BIAS, AFTER, STORE_SUM: 0/1; NORMS: 1..2;
+//               THREADS: 32..1024 threads a row (in this block); ROWS: rows a block; CLUSTER: blocks a row, 1..8
 //               KEEP: 1 keeps the row in registers, 0 reads it again in each pass (rows too wide for registers)
 //               EARLY: 1 asks for weights and biases together with the row and keeps them in registers, for few rows
+//               AHEAD: 1 brings the row into L2 while the previous kernel still runs, for few rows
+//               STREAM: 1 reads rows past L1 and writes them as the first to leave L2
 // Roof          memory: (inputs + outputs) * rows * HIDDEN * sizeof(T) bytes when KEEP; the weights stay in cache
 // Source        own work. Statistics: each warp takes the deviations from its own mean, then the warps are merged
 //               (Chan, Golub and LeVeque 1983), because E[x^2] - E[x]^2 loses everything at mean 1e4 and deviation 1.
+#include "cluster.cuh"
+#include "copy.cuh"
+#include "dependent.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 
 static_assert(HIDDEN >= 1, "a row has at least one element");
-static_assert(HIDDEN % VEC == 0, "a row must be a whole number of vectors");
+static_assert(HIDDEN % ALIGN == 0 && VEC % ALIGN == 0, "rows begin on ALIGN elements, a part of a vector");
 static_assert(VEC * sizeof(T) <= 16, "a vector is at most 16 bytes");
 static_assert(ADDENDS >= 1 && ADDENDS <= 3, "one to three tensors are summed");
 static_assert(NORMS == 1 || NORMS == 2, "one or two outputs share the statistics");
+static_assert(THREADS % 32 == 0 && THREADS * ROWS <= 1024, "a block is full warps, at most 32");
+static_assert(CLUSTER == 1 || (ROWS == 1 && CLUSTER * THREADS <= 8192), "a cluster of up to 8 blocks shares one row");
 
-constexpr int VECTORS = HIDDEN / VEC;
-constexpr int PER_THREAD = (VECTORS + THREADS - 1) / THREADS;
-static_assert(!KEEP || PER_THREAD * VEC <= 32, "a thread keeps at most 32 values in registers");
-static_assert(!EARLY || (KEEP && PER_THREAD <= 2), "early weights must fit in registers beside the row");
+constexpr bool PEEL = ALIGN < VEC;
+constexpr int VECTORS = (HIDDEN + VEC - ALIGN + VEC - 1) / VEC;
+constexpr int ACROSS = CLUSTER * THREADS;  // threads a row
+constexpr int PER_THREAD = (VECTORS + ACROSS - 1) / ACROSS;
+static_assert(!KEEP || PER_THREAD * VEC <= 32, "what a thread keeps must fit in registers");
+static_assert(!EARLY || (KEEP && !PEEL && PER_THREAD * VEC <= 16), "early weights must fit in registers");
+static_assert(!STREAM || VEC * sizeof(T) == 16, "streaming accesses are 16 bytes");
 // The residual that is added last is asked for together with the row, so that its reading does not wait for the
 // statistics. So are the weights if the rows are few: later, with many blocks on an SM, they come from cache, and their
 // registers cost more than the wait.
 constexpr bool EARLY_AFTER = AFTER && KEEP;
 constexpr int OPERANDS = NORMS * (1 + BIAS);
+constexpr int WARPS = ACROSS / 32;        // warps a row
+constexpr int WARPS_HERE = THREADS / 32;  // of them in this block
+constexpr int MERGE = WARPS > 16 ? 32 : WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : 2;  // threads that merge them
 
 // A vector, now: `volatile` keeps the compiler from moving the load down to its first use.
 __device__ __forceinline__ Vector<T, VEC> load_now(const T* from) {
@@ -51,50 +70,121 @@ __device__ __forceinline__ Vector<T, VEC> load_now(const T* from) {
     return v;
 }
 
-// Elements of the row that a warp's 32 threads own.
-__device__ __forceinline__ int owned(int warp) {
-    if constexpr (VECTORS % THREADS == 0) return PER_THREAD * 32 * VEC;
-    int vectors = 0;
-#pragma unroll(PER_THREAD <= 8 ? PER_THREAD : 1)
-    for (int i = 0; i < PER_THREAD; ++i) vectors += min(max(VECTORS - i * THREADS - warp * 32, 0), 32);
-    return vectors * VEC;
+// Whether a vector that begins at this column lies in the row, and whether its element does.
+__device__ __forceinline__ bool whole(int column) { return !PEEL || (column >= 0 && column + VEC <= HIDDEN); }
+__device__ __forceinline__ bool inside(int column) { return !PEEL || (column >= 0 && column < HIDDEN); }
+
+// Part of a row, which is read once and written once; zeros for what is not of the row.
+__device__ __forceinline__ Vector<T, VEC> load_row(const T* row, int column) {
+    Vector<T, VEC> v;
+    if (whole(column)) {
+        const Vector<T, VEC>* from = reinterpret_cast<const Vector<T, VEC>*>(row + column);
+        if constexpr (STREAM) reinterpret_cast<uint4&>(v) = load_streaming(reinterpret_cast<const uint4*>(from));
+        else v = *from;
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) v.lane[e] = inside(column + e) ? row[column + e] : from_float<T>(0.0f);
+    }
+    return v;
+}
+__device__ __forceinline__ void store_row(T* row, int column, const float (&values)[VEC]) {
+    const Vector<T, VEC> v = rounded<T>(values);
+    if (whole(column)) {
+        if constexpr (STREAM) __stcs(reinterpret_cast<uint4*>(row + column), reinterpret_cast<const uint4&>(v));
+        else *reinterpret_cast<Vector<T, VEC>*>(row + column) = v;
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; ++e)
+            if (inside(column + e)) row[column + e] = v.lane[e];
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+// Weights or biases, in pieces that are aligned whatever the row's shift.
+__device__ __forceinline__ void load_operand(const T* from, int column, float (&values)[VEC]) {
+#pragma unroll
+    for (int e = 0; e < VEC; e += ALIGN) {
+        Vector<T, ALIGN> piece = {};
+        if (inside(column + e)) piece = *reinterpret_cast<const Vector<T, ALIGN>*>(from + column + e);
+#pragma unroll
+        for (int i = 0; i < ALIGN; ++i) values[e + i] = to_float(piece.lane[i]);
+    }
+}
+
+// Elements of the row that the 32 threads of one of its warps own.
+__device__ __forceinline__ int owned(int warp, int shift) {
+    if constexpr (!PEEL && VECTORS % ACROSS == 0) return PER_THREAD * 32 * VEC;
+    int elements = 0;
+#pragma unroll(PER_THREAD <= 8 ? PER_THREAD : 1)
+    for (int i = 0; i < PER_THREAD; ++i) {
+        const int begin = (i * ACROSS + warp * 32) * VEC - shift;
+        elements += min(max(begin + 32 * VEC, 0), HIDDEN) - min(max(begin, 0), HIDDEN);
+    }
+    return elements;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS * ROWS, 1)
 norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restrict__ x2,
             const T* __restrict__ after, const T* __restrict__ w1, const T* __restrict__ b1,
             const T* __restrict__ w2, const T* __restrict__ b2, T* __restrict__ y1, T* __restrict__ y2,
             T* __restrict__ sum, long long rows, double eps) {
-    constexpr int WARPS = THREADS / 32;
-    __shared__ float partial[3 * WARPS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __shared__ float partial[ROWS][3][WARPS_HERE];
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const int group = ROWS > 1 ? threadIdx.x / THREADS : 0, here = ROWS > 1 ? threadIdx.x % THREADS : threadIdx.x;
+    const int thread = rank * THREADS + here, lane = here % 32;
+    const long long first_row = static_cast<long long>(CLUSTER > 1 ? blockIdx.x / CLUSTER : blockIdx.x) * ROWS + group;
+    const long long stride = static_cast<long long>(CLUSTER > 1 ? gridDim.x / CLUSTER : gridDim.x) * ROWS;
     float kept[KEEP ? PER_THREAD : 1][VEC];
     Vector<T, VEC> residual[EARLY_AFTER ? PER_THREAD : 1], operand[EARLY ? PER_THREAD : 1][OPERANDS];
 
-    for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
-        const long long start = row * HIDDEN;
-
-        // body(i, vector) for each vector this thread owns; i indexes `kept`, so it must unroll when KEEP.
-        auto for_each_vector = [&](auto body) {
+    auto shift_of = [](long long row) { return PEEL ? static_cast<int>(row * HIDDEN & (VEC - 1)) : 0; };
+    // body(i, column) for each vector this thread owns; i indexes `kept`, so it must unroll when KEEP.
+    auto for_each_vector = [&](int shift, auto body) {
 #pragma unroll(KEEP ? PER_THREAD : 1)
-            for (int i = 0; i < PER_THREAD; ++i) {
-                const int vector = threadIdx.x + i * THREADS;
-                if (VECTORS % THREADS == 0 || vector < VECTORS) body(i, vector * VEC);
-            }
-        };
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int vector = thread + i * ACROSS;
+            if (VECTORS % ACROSS == 0 || vector < VECTORS) body(i, vector * VEC - shift);
+        }
+    };
+    // Everyone who shares the row, and what they wrote to shared memory.
+    auto sync_row = [&] {
+        if constexpr (CLUSTER > 1) cluster_sync();
+        else if constexpr (ROWS > 1) sync_part(1 + group, THREADS);
+        else __syncthreads();
+    };
+
+    if constexpr (AHEAD) {
+        if (first_row < rows) {
+            for_each_vector(shift_of(first_row), [&](int, int column) {
+                column = min(max(column, 0), HIDDEN - 1);
+                const long long at = first_row * HIDDEN + column;
+                prefetch_l2(x0 + at);
+                if constexpr (ADDENDS >= 2) prefetch_l2(x1 + at);
+                if constexpr (ADDENDS >= 3) prefetch_l2(x2 + at);
+                if constexpr (AFTER) prefetch_l2(after + at);
+                prefetch_l2(w1 + column);
+                if constexpr (BIAS) prefetch_l2(b1 + column);
+                if constexpr (NORMS == 2) prefetch_l2(w2 + column);
+                if constexpr (NORMS == 2 && BIAS) prefetch_l2(b2 + column);
+            });
+        }
+    }
+    wait_for_previous();
+    allow_next();
+
+    for (long long row = first_row; row < rows; row += stride) {
+        const long long start = row * HIDDEN;
+        const int shift = shift_of(row);
         auto read_sum = [&](int column, float (&h)[VEC]) {
-            load_vector(x0 + start + column, h);
-            float addend[VEC];
-            if constexpr (ADDENDS >= 2) {
-                load_vector(x1 + start + column, addend);
+            auto add = [&](const T* x) {
+                const Vector<T, VEC> addend = load_row(x + start, column);
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) h[e] += addend[e];
-            }
-            if constexpr (ADDENDS >= 3) {
-                load_vector(x2 + start + column, addend);
+                for (int e = 0; e < VEC; ++e) h[e] += to_float(addend.lane[e]);
+            };
+            const Vector<T, VEC> first = load_row(x0 + start, column);
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) h[e] += addend[e];
-            }
+            for (int e = 0; e < VEC; ++e) h[e] = to_float(first.lane[e]);
+            if constexpr (ADDENDS >= 2) add(x1);
+            if constexpr (ADDENDS >= 3) add(x2);
         };
         auto values_of = [&](int i, int column, float (&h)[VEC]) {
             if constexpr (KEEP) {
@@ -107,9 +197,9 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
 
         // Phase 1: read the row once and write the sum.
         float total = 0.0f;
-        for_each_vector([&](int i, int column) {
+        for_each_vector(shift, [&](int i, int column) {
             float h[VEC];
-            if constexpr (EARLY_AFTER) residual[i] = *reinterpret_cast<const Vector<T, VEC>*>(after + start + column);
+            if constexpr (EARLY_AFTER) residual[i] = load_row(after + start, column);
             read_sum(column, h);
             if constexpr (EARLY) {
                 operand[i][0] = load_now(w1 + column);
@@ -122,61 +212,73 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
                 total += RMS ? h[e] * h[e] : h[e];
                 if constexpr (KEEP) kept[i][e] = h[e];
             }
-            if constexpr (STORE_SUM) store_vector(sum + start + column, h);
+            if constexpr (STORE_SUM) store_row(sum + start, column, h);
         });
 
-        // Phase 2: statistics, with one barrier.
-        float centre = 0.0f, shift = 0.0f, variance;
-        if constexpr (RMS) {
-            variance = block_sum<THREADS>(total, partial) / HIDDEN;
-        } else {
-            // A warp's deviations from its own mean are exact where the mean is large, whatever the mean's rounding.
-            const float mean = warp_sum(total) / owned(warp);
-            float first = 0.0f, second = 0.0f;
-            for_each_vector([&](int i, int column) {
+        // Phase 2: statistics, with one barrier. A warp's deviations from its own mean are exact where the mean is
+        // large, whatever the mean's rounding.
+        float mean = 0.0f, first = 0.0f, second = total;
+        if constexpr (!RMS) {
+            mean = __fdividef(warp_sum(total), owned(thread / 32, shift));
+            second = 0.0f;
+            for_each_vector(shift, [&](int i, int column) {
                 float h[VEC];
                 values_of(i, column, h);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) {
-                    const float deviation = h[e] - mean;
+                    const float deviation = inside(column + e) ? h[e] - mean : 0.0f;
                     first += deviation;
                     second += deviation * deviation;
                 }
             });
             first = warp_sum(first);
-            second = warp_sum(second);
-            centre = mean;
-            if constexpr (WARPS > 1) {
-                if (lane == 0) partial[warp] = mean, partial[WARPS + warp] = first, partial[2 * WARPS + warp] = second;
-                __syncthreads();
-                // Merge: the same sums about the first warp's mean, whose own rounding the shift mends.
-                centre = partial[0];
-                const int other = lane < WARPS ? lane : 0;
-                const float apart = partial[other] - centre, sum1 = partial[WARPS + other];
-                const float count = owned(other);
-                first = warp_sum(lane < WARPS ? sum1 + count * apart : 0.0f);
-                second = warp_sum(
-                    lane < WARPS ? partial[2 * WARPS + other] + apart * (2.0f * sum1 + count * apart) : 0.0f);
-            }
-            shift = first / HIDDEN;
-            variance = fmaxf(second / HIDDEN - shift * shift, 0.0f);
-            // fmaxf drops a NaN: give it back, so that a row with a NaN or an Inf comes out as NaN.
-            if (isnan(second)) variance = second;
         }
-        const float scale = 1.0f / sqrtf(variance + float(eps));
+        second = warp_sum(second);
+        float centre = mean;
+        if constexpr (WARPS > 1) {
+            float* mine = &partial[group][0][here / 32];
+            if (lane == 0) mine[0] = mean, mine[WARPS_HERE] = first, mine[2 * WARPS_HERE] = second;
+            sync_row();
+            // Merge: the same sums about the row's first warp's mean, whose own rounding `off` mends.
+            auto of_warp = [&](int which, int warp) {
+                const float* at = &partial[group][which][warp % WARPS_HERE];
+                return CLUSTER > 1 ? cluster_load(at, warp / WARPS_HERE) : *at;
+            };
+            centre = RMS ? 0.0f : of_warp(0, 0);
+            first = second = 0.0f;
+#pragma unroll
+            for (int warp = lane % MERGE; warp < WARPS; warp += 32) {
+                const float sum2 = of_warp(2, warp);
+                if constexpr (RMS) {
+                    second += sum2;
+                } else {
+                    const float apart = of_warp(0, warp) - centre, sum1 = of_warp(1, warp), count = owned(warp, shift);
+                    first += sum1 + count * apart;
+                    second += sum2 + apart * (2.0f * sum1 + count * apart);
+                }
+            }
+            if constexpr (!RMS) first = warp_sum<MERGE>(first);
+            second = warp_sum<MERGE>(second);
+        }
+        constexpr float PER_ELEMENT = 1.0f / HIDDEN;
+        const float off = first * PER_ELEMENT;
+        float variance = fmaxf(second * PER_ELEMENT - off * off, 0.0f);
+        // fmaxf drops a NaN: give it back, so that a row with a NaN or an Inf comes out as NaN.
+        if (isnan(second)) variance = second;
+        const float scale = rsqrtf(variance + float(eps));  // within 2 units in the last place
 
         // Phase 3: normalise and write.
-        for_each_vector([&](int i, int column) {
+        for_each_vector(shift, [&](int i, int column) {
             float h[VEC];
             values_of(i, column, h);
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) h[e] = ((h[e] - centre) - shift) * scale;
+            for (int e = 0; e < VEC; ++e) h[e] = RMS ? h[e] * scale : ((h[e] - centre) - off) * scale;
             auto take = [&](int slot, const T* from, float (&values)[VEC]) {
                 if constexpr (EARLY) {
 #pragma unroll
                     for (int e = 0; e < VEC; ++e) values[e] = to_float(operand[i][slot].lane[e]);
                 } else {
-                    load_vector(from + column, values);
+                    load_operand(from, column, values);
                 }
             };
             auto write = [&](int slot, const T* weight, const T* bias, T* y) {
@@ -190,17 +292,16 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
                     for (int e = 0; e < VEC; ++e) result[e] += other[e];
                 }
                 if constexpr (AFTER) {
-                    if constexpr (!EARLY_AFTER) load_vector(after + start + column, other);
+                    const Vector<T, VEC> last = EARLY_AFTER ? residual[i] : load_row(after + start, column);
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e)
-                        result[e] += EARLY_AFTER ? to_float(residual[i].lane[e]) : other[e];
+                    for (int e = 0; e < VEC; ++e) result[e] += to_float(last.lane[e]);
                 }
-                store_vector(y + start + column, result);
+                store_row(y + start, column, result);
             };
             write(0, w1, b1, y1);
             if constexpr (NORMS == 2) write(1 + BIAS, w2, b2, y2);
         });
-        // The next row's phase 1 writes `partial` again; its readers of this row must be done.
-        __syncthreads();
+        // The next row's phase 1 writes `partial` again, and no block leaves while another reads from it.
+        if (CLUSTER > 1 || (WARPS > 1 && row + stride < rows)) sync_row();
     }
 }

@@ -148,7 +148,7 @@ def _make(spec: cost.Spec, device: int) -> Ready | None:
         return None
     binary = compile_kernel(source(spec, chosen.config), card.arch)
     config = dict(chosen.config)
-    return Plan(binary, device=device, threads=128 * config["SLICES"]), config["TILE_M"], {}
+    return Plan(binary, "8q", device=device, threads=128 * config["SLICES"]), config["TILE_M"], {}
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes.

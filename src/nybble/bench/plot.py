@@ -1,0 +1,417 @@
+"""Pictures of result rows: time against size, and the fraction of the roof each provider reaches.
+
+The same rows give the same bytes, and an SVG says in its description which rows it shows (:func:`digest`), so a test
+can tell whether a committed picture is that of the committed rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nybble.bench.report import KEYS
+from nybble.runtime.errors import UnsupportedError, wrong_value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXIS = {"norm": "rows", "w4a16": "m"}
+"""The dimension an operation is drawn against; for one that is not here, the first of its shape."""
+
+SUFFIXES = (".svg", ".png")
+
+# Nybble's own is the one strong colour. All differ in lightness as well as in hue.
+COLOURS = {
+    "nybble": "#0047ab",
+    "torch": "#7d7d7d",
+    "liger": "#d08a2e",
+    "quack": "#6fa8a0",
+    "flash-attn": "#a6788c",
+    "gemlite": "#6fa8a0",
+    "vllm": "#a6788c",
+}
+SPARE_COLOURS = ("#8a9a5b", "#c7a76c", "#9a86b8", "#b0b0b0")
+# The variants of one provider share its colour and differ in marker and line, by their place in the alphabet.
+VARIANTS = (("o", "-", True), ("s", (0, (4, 1.5)), False), ("^", (0, (1, 1)), False), ("D", (0, (5, 1, 1, 1)), False))
+FLOOR = {"color": "black", "linewidth": 0.9, "linestyle": (0, (6, 3)), "zorder": 1.5}
+
+RC: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be read, searched and compared
+    "svg.hashsalt": "nybble",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 200,
+}
+
+# Inches; of the widths, the least a panel has and all have together.
+LEFT, RIGHT, BOTTOM, GAP = 0.7, 0.12, 0.5, 0.18
+PANEL_WIDTH, PANELS_WIDTH, HEIGHTS = 2.12, 5.6, (2.0, 1.5)
+TITLE, LINE, OVER_PANELS, LEGEND_ENTRY = 0.34, 0.17, 0.4, 1.35
+
+
+class Shown(NamedTuple):
+    """What one picture is made of.
+
+    Attributes:
+        x: the dimension along the x-axis.
+        dtype: of every row.
+        rest: the other dimensions, and the options of the case: the same in every row.
+        rows: the newest of each function, provider, variant and x, in a fixed order.
+    """
+
+    x: str
+    dtype: str
+    rest: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def shown(
+    op: str, rows: Sequence[dict[str, Any]], *, dtype: str | None = None, shape: dict[str, int] | None = None
+) -> Shown:
+    """The rows a picture shows.
+
+    Args:
+        op: the operation.
+        rows: result rows; those of other operations don't count.
+        dtype: ``None`` takes float16, or where no row has it, the first there is.
+        shape: dimensions to keep to; ``None`` takes those measured at the most places along the x-axis, of equals the
+            largest.
+
+    Raises:
+        ValueError: no row is left, or one lacks a key.
+    """
+    own = [row for row in rows if row.get("op") == op]
+    if not own:
+        raise ValueError(f"plot: there are no rows of {op} to draw")
+    for row in own:
+        if missing := [key for key in KEYS if key not in row]:
+            raise wrong_value("plot", f"a row of {op}", f"the keys {', '.join(KEYS)}", f"none named {missing[0]}")
+    dtypes = list(dict.fromkeys(row["dtype"] for row in own))
+    if dtype is None:
+        dtype = "float16" if "float16" in dtypes else dtypes[0]
+    if dtype not in dtypes:
+        raise wrong_value("plot", "dtype", f"one the rows of {op} have, {', '.join(dtypes)}", dtype)
+    x = AXIS.get(op) or next(iter(own[0]["shape"]))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in own:
+        rest = _rest(row, x)
+        if row["dtype"] == dtype and all(rest.get(name) == value for name, value in (shape or {}).items()):
+            groups.setdefault(_text(rest), []).append(row)
+    if not groups:
+        raise wrong_value("plot", "shape", f"dimensions that {dtype} rows of {op} have", shape)
+
+    def worth(group: list[dict[str, Any]]) -> tuple[int, int, bool]:
+        places = len({row["shape"][x] for row in group})
+        return places, math.prod(v for name, v in group[0]["shape"].items() if name != x), "options" not in group[0]
+
+    group = max(groups.values(), key=worth)
+    newest: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+    for row in group:
+        place = (row["function"], row["provider"], row["variant"], row["shape"][x])
+        if place not in newest or row["when"] >= newest[place]["when"]:
+            newest[place] = row
+    functions = list(dict.fromkeys(place[0] for place in newest))
+    order = sorted(newest, key=lambda place: (functions.index(place[0]), place[1] != "nybble", *place[1:]))
+    return Shown(x, group[0]["dtype"], _rest(group[0], x), [newest[place] for place in order])
+
+
+def _rest(row: dict[str, Any], x: str) -> dict[str, Any]:
+    return {name: value for name, value in row["shape"].items() if name != x} | row.get("options", {})
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def digest(what: Shown) -> str:
+    """What an SVG of these rows has in its description."""
+    return f"rows sha256 {hashlib.sha256(_text(what._asdict()).encode()).hexdigest()}"
+
+
+def check(path: Path) -> None:
+    """Whether a picture of that name can be written at all; to be asked before a long measurement.
+
+    Raises:
+        ValueError: the suffix is none of :data:`SUFFIXES`.
+        UnsupportedError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise wrong_value("plot", "path", f"a name that ends in {' or '.join(SUFFIXES)}", f"{path.name!r}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(f"plot: matplotlib can't be imported ({error}); `pip install matplotlib`") from None
+
+
+def draw(
+    op: str,
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    dtype: str | None = None,
+    shape: dict[str, int] | None = None,
+) -> Shown:
+    """Write the picture of an operation's rows, whole or not at all; the suffix says which format.
+
+    Arguments and errors are those of :func:`shown` and :func:`check`.
+
+    Returns:
+        What it shows.
+    """
+    check(path)
+    what = shown(op, rows, dtype=dtype, shape=shape)
+    kind = path.suffix.lower()[1:]
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    image = io.BytesIO()
+    with _style():
+        figure(op, what).savefig(image, format=kind, metadata={**metadata, "Description": digest(what)})
+    _write(path, image.getvalue())
+    return what
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib's own defaults and ours, whatever the user's configuration says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(beside).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def figure(op: str, what: Shown) -> Figure:
+    """A column of panels for each function. Above: time and, dashed, the floor. Below: the fraction of the roof, which
+    is floor over time; left out where no row has a floor, as on a CPU."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        functions = list(dict.fromkeys(row["function"] for row in what.rows))
+        roof = any(row["floor_us"] for row in what.rows)
+        panel = max(PANEL_WIDTH, (PANELS_WIDTH + GAP) / len(functions) - GAP)
+        width = LEFT + len(functions) * panel + (len(functions) - 1) * GAP + RIGHT
+        heights = HEIGHTS[: 2 if roof else 1]
+
+        styles = _styles(what.rows)
+        about = textwrap.wrap(_about(what), int((width - LEFT - RIGHT) * 72 / 5.1), break_long_words=False)
+        columns = max(1, int((width - LEFT - RIGHT) / LEGEND_ENTRY))
+        legend_lines = -(-(len(styles) + roof) // columns)
+        header = TITLE + LINE * (len(about) + legend_lines) + OVER_PANELS
+        height = header + sum(heights) + GAP * (len(heights) - 1) + BOTTOM
+
+        drawing = Figure(figsize=(width, height))
+        panels = drawing.subplots(
+            len(heights), len(functions), sharex=True, sharey="row", squeeze=False, height_ratios=heights
+        )
+        drawing.subplots_adjust(
+            left=LEFT / width,
+            right=1 - RIGHT / width,
+            bottom=BOTTOM / height,
+            top=1 - header / height,
+            wspace=GAP / panel,
+            hspace=GAP / (sum(heights) / len(heights)),
+        )
+
+        def top(inches: float) -> tuple[float, float]:
+            return LEFT / width, 1 - inches / height
+
+        gpus = _listed({row["gpu"] for row in what.rows})
+        drawing.text(*top(0.12), f"{op} on {gpus}", va="top", fontsize=11, fontweight="bold")
+        drawing.text(*top(TITLE), "\n".join(about), va="top", color="#444444", linespacing=1.25)
+
+        for column, function in enumerate(functions):
+            own = [row for row in what.rows if row["function"] == function]
+            panels[0, column].set_title(function)
+            for line, axes in enumerate(panels[:, column]):
+                _fill(axes, own, what.x, styles, roof=line == 1)
+                axes.tick_params(length=0, labelleft=column == 0)
+            panels[-1, column].set_xlabel(what.x)
+        for axes, text in zip(panels[:, 0], ("time, us", "fraction of the roof"), strict=False):
+            axes.set_ylabel(text)
+            axes.yaxis.set_label_coords(-0.52 / panel, 0.5)
+        _scale_times(panels[0, 0], [row["us"] for row in what.rows])
+        _scale_x(panels[0, 0], [row["shape"][what.x] for row in what.rows], panel)
+        if roof:
+            _scale_roof(panels[1, 0], max(_percent(row) or 0 for row in what.rows))
+
+        handles = {
+            label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        names = [name for name in (*(style.label for style in styles.values()), "floor") if name in handles]
+        drawing.legend(
+            [handles[name] for name in names],
+            names,
+            loc="upper left",
+            bbox_to_anchor=top(TITLE + LINE * len(about) + 0.05),
+            ncols=min(columns, len(names)),
+            borderpad=0,
+            borderaxespad=0,
+            handlelength=2.6,
+            columnspacing=1.4,
+        )
+    return drawing
+
+
+class Style(NamedTuple):
+    label: str
+    colour: str
+    marker: str
+    line: Any
+    filled: bool
+
+
+def _styles(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Style]:
+    """How each provider and variant is drawn, Nybble's first."""
+    pairs = sorted({(row["provider"], row["variant"]) for row in rows}, key=lambda pair: (pair[0] != "nybble", pair))
+    eager = {(row["provider"], row["variant"]) for row in rows if row.get("how") == "events"}
+    unknown = [name for name in dict.fromkeys(provider for provider, _ in pairs) if name not in COLOURS]
+    spare = {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(unknown)}
+    styles = {}
+    for pair in pairs:
+        provider, variant = pair
+        place = [v for p, v in pairs if p == provider].index(variant)
+        label = f"{provider}/{variant}" + (" (eager)" if pair in eager else "")
+        styles[pair] = Style(label, COLOURS.get(provider) or spare[provider], *VARIANTS[place % len(VARIANTS)])
+    return styles
+
+
+def _about(what: Shown) -> str:
+    """The line under the title: what all the rows have in common."""
+    rest = [f"{name} {value}" for name, value in what.rest.items()]
+    versions = _listed({row["torch"] for row in what.rows})
+    commits = _listed({row["commit"] for row in what.rows})
+    return ", ".join([what.dtype, *rest, f"torch {versions}", f"commit {commits}"])
+
+
+def _listed(values: set[str]) -> str:
+    return " and ".join(sorted(values))
+
+
+def _percent(row: dict[str, Any]) -> float | None:
+    return 100 * row["floor_us"] / row["us"] if row["floor_us"] else None
+
+
+def _fill(
+    axes: Axes, rows: Sequence[dict[str, Any]], x: str, styles: dict[tuple[str, str], Style], *, roof: bool
+) -> None:
+    """The lines of one panel, and at the end of Nybble's best one the fraction it reaches."""
+    ends = []
+    for pair, style in styles.items():
+        own = [row for row in rows if (row["provider"], row["variant"]) == pair]
+        points = [(row["shape"][x], _percent(row) if roof else row["us"]) for row in own]
+        points = [(at, value) for at, value in points if value is not None]
+        if not points:
+            continue
+        axes.plot(
+            *zip(*points, strict=True),
+            label=style.label,
+            color=style.colour,
+            marker=style.marker,
+            linestyle=style.line,
+            markerfacecolor=style.colour if style.filled else "white",
+            # a broad line with the peers' thin ones over it: two that coincide are both seen
+            linewidth=2.6 if pair[0] == "nybble" else 1.1,
+            markersize=6 if pair[0] == "nybble" else 3.5,
+            zorder=2 if pair[0] == "nybble" else 3,
+        )
+        if pair[0] == "nybble":
+            ends.append(points[-1])
+    if not roof:
+        floors = sorted({row["shape"][x]: row["floor_us"] for row in rows if row["floor_us"]}.items())
+        if floors:
+            axes.plot(*zip(*floors, strict=True), label="floor", **FLOOR)
+        return
+    axes.axhline(100, **FLOOR)
+    if ends:
+        at, value = max(ends)
+        axes.annotate(
+            f"{value:.0f} %",
+            (at, value),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLOURS["nybble"],
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            zorder=4,
+        )
+
+
+def _scale_x(axes: Axes, values: Sequence[int], panel: float) -> None:
+    """Powers of two, at most six of them labelled, and room for a number at the right of a panel of so many inches."""
+    low, high = min(values), max(values)
+    left, right = 0.15, 0.48
+    inch = (high / low if high > low else 4) ** (1 / (panel - left - right))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low / inch**left, high * inch**right)
+    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+    step = max(1, math.ceil((last - first) / 5))
+    _tick(axes.xaxis, [2**power for power in range(first, last + 1, step)], "{:g}")
+
+
+def _scale_times(axes: Axes, values: Sequence[float]) -> None:
+    """From the fastest provider to the slowest: the floor of a tiny case is far below and leaves the panel."""
+    low, high = min(values) / 1.5, max(values) * 1.4
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    _tick(
+        axes.yaxis,
+        [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high],
+        "{:g}",
+    )
+
+
+def _scale_roof(axes: Axes, largest: float) -> None:
+    high = max(100.0, largest)
+    axes.set_ylim(0, 1.12 * high)
+    _tick(axes.yaxis, range(0, math.floor(high) + 1, 25), "{:g} %")
+
+
+def _tick(axis: Any, values: Sequence[float], form: str) -> None:
+    axis.set_ticks(values, [form.format(value) for value in values])
+    axis.set_ticks([], minor=True)
