@@ -157,7 +157,6 @@ def test_choice_is_pure_and_says_why() -> None:
 
     few = {
         "VEC": 8,
-        "ALIGN": 8,
         "THREADS": 320,
         "ROWS": 1,
         "CLUSTER": 1,
@@ -176,9 +175,9 @@ def test_choice_is_pure_and_says_why() -> None:
     assert config(rows=1 << 17, hidden=128)["ROWS"] == 4
     assert config(rows=512, dtype=torch.float32)["THREADS"] == 320
     assert config(rows=4096, dtype=torch.float32)["THREADS"] == 160
-    assert (config(hidden=2561)["VEC"], config(hidden=2561)["ALIGN"]) == (8, 1)
-    assert (config(hidden=2564)["VEC"], config(hidden=2564)["ALIGN"]) == (8, 4)
-    assert (config(hidden=2564, alignment=4)["VEC"], config(hidden=2564, alignment=4)["ALIGN"]) == (2, 2)
+    assert config(hidden=2561)["VEC"] == 1
+    assert config(hidden=2564)["VEC"] == 4
+    assert config(alignment=4)["VEC"] == 2
     assert config(rows=512, hidden=4096)["THREADS"] == 256
     assert config(hidden=65536)["CLUSTER"] == 4
     assert config(hidden=1 << 18)["KEEP"] is False

@@ -80,14 +80,10 @@ def passes(function: str) -> int:
     return form.addends + form.after + form.norms + form.store_sum
 
 
-def vector(spec: Spec) -> tuple[int, int]:
-    """Elements of one access, the widest up to 16 bytes that the pointers allow; and how many of them every row is sure
-    to begin on."""
+def vector(spec: Spec) -> int:
+    """Elements of one access: the widest up to 16 bytes that pointers and row length allow."""
     size = spec.dtype.itemsize
-    full = max(1, min(16, spec.alignment) // size)
-    aligned = math.gcd(full, spec.hidden)
-    # From pointers off 16 bytes nothing is gained by making up for the row's own shift.
-    return (full, aligned) if spec.alignment >= 16 else (aligned, aligned)
+    return max(1, math.gcd(16, spec.alignment, spec.hidden * size) // size)
 
 
 def _threads(vectors: int, per_thread: int) -> int:
@@ -97,13 +93,14 @@ def _threads(vectors: int, per_thread: int) -> int:
 
 def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
     """The constants of ``norm.cu`` for a request, beyond those it asks for itself."""
-    form, (width, aligned) = FORMS[spec.function], vector(spec)
-    vectors, few = math.ceil((spec.hidden + width - aligned) / width), spec.rows <= FEW_ROWS
+    form, width = FORMS[spec.function], vector(spec)
+    vectors, few = spec.hidden // width, spec.rows <= FEW_ROWS
     eight, sixteen = _threads(vectors, 8 // width), _threads(vectors, 16 // width)
     resident = spec.rows * min(eight, MAX_THREADS) <= hardware.sms * RESIDENT_THREADS
     # Idle threads of a last, half-empty round are worse than fewer values each: 96 vectors are 96 threads, not 64.
     wasted = sixteen * math.ceil(vectors / sixteen) - vectors
-    threads = _threads(vectors, 1) if few else eight if resident or wasted * 8 > vectors else sixteen
+    smaller = resident or wasted * 8 > vectors or width <= 2
+    threads = _threads(vectors, 1) if few else eight if smaller else sixteen
     cluster = 1
     if hardware.capability >= (9, 0):
         while vectors * width > cluster * MAX_THREADS * KEPT and cluster < MAX_CLUSTER:
@@ -117,12 +114,11 @@ def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
     wide = form.after and spec.dtype.itemsize == 2 and width == 8
     return {
         "VEC": width,
-        "ALIGN": aligned,
         "THREADS": threads,
         "ROWS": 1 if few or threads > 32 else 4,
         "CLUSTER": cluster if keep else 1,
         "KEEP": keep,
-        "EARLY": keep and few and aligned == width and held <= (24 if threads > 512 else 64),
+        "EARLY": keep and few and held <= (24 if threads > 512 else 64),
         "AHEAD": keep and few,
         "STREAM": wide and keep and STREAM_BYTES[0] < traffic <= STREAM_BYTES[1],
     }

@@ -8,15 +8,12 @@
 // Tensors       x0 x1 x2 after y1 y2 sum: T [rows, HIDDEN], contiguous; w1 b1 w2 b2: T [HIDDEN];
 //               all aligned to VEC * sizeof(T) bytes; unused ones are null
 // Layout        a row is HIDDEN / VEC vectors; of the row's threads, t owns vectors t, t + THREADS, t + 2 * THREADS, ...
-//               so that a warp reads 32 consecutive vectors (512 bytes at 16 bytes a vector). If HIDDEN is no multiple
-//               of VEC, a row begins inside a vector of the tensor and ends inside another: `shift` elements of its
-//               first vector belong to the row before. Those two are read and written element by element
+//               so that a warp reads 32 consecutive vectors (512 bytes at 16 bytes a vector)
 // Mapping       block b, group g of THREADS threads -> row b * ROWS + g. With CLUSTER > 1 that many blocks share a row
 //               and their threads count through: row = cluster, and t runs over CLUSTER * THREADS threads
 // Shared memory partial: 3 floats a warp (mean, sum and sum of squares of the deviations from it), at most 384 bytes
 // Constants     T: float, half_t, bf16_t; ADDENDS: 1..3;
-//               VEC: elements a vector, a power of two up to 16 / sizeof(T); ALIGN: the largest power of two up to it
-//               that divides HIDDEN, so that rows begin on ALIGN elements
+//               VEC: elements a vector, a power of two up to 16 / sizeof(T) that divides HIDDEN;
 //               RMS, BIAS, AFTER, STORE_SUM: 0/1; NORMS: 1..2;
 //               THREADS: 32..1024 threads a row (in this block); ROWS: rows a block; CLUSTER: blocks a row, 1..8
 //               KEEP: 1 keeps the row in registers, 0 reads it again in each pass (rows too wide for registers)
@@ -33,19 +30,18 @@
 #include "vectors.cuh"
 
 static_assert(HIDDEN >= 1, "a row has at least one element");
-static_assert(HIDDEN % ALIGN == 0 && VEC % ALIGN == 0, "rows begin on ALIGN elements, a part of a vector");
+static_assert(HIDDEN % VEC == 0, "a row must be a whole number of vectors");
 static_assert(VEC * sizeof(T) <= 16, "a vector is at most 16 bytes");
 static_assert(ADDENDS >= 1 && ADDENDS <= 3, "one to three tensors are summed");
 static_assert(NORMS == 1 || NORMS == 2, "one or two outputs share the statistics");
 static_assert(THREADS % 32 == 0 && THREADS * ROWS <= 1024, "a block is full warps, at most 32");
 static_assert(CLUSTER == 1 || (ROWS == 1 && CLUSTER * THREADS <= 8192), "a cluster of up to 8 blocks shares one row");
 
-constexpr bool PEEL = ALIGN < VEC;
-constexpr int VECTORS = (HIDDEN + VEC - ALIGN + VEC - 1) / VEC;
+constexpr int VECTORS = HIDDEN / VEC;
 constexpr int ACROSS = CLUSTER * THREADS;  // threads a row
 constexpr int PER_THREAD = (VECTORS + ACROSS - 1) / ACROSS;
 static_assert(!KEEP || PER_THREAD * VEC <= 32, "what a thread keeps must fit in registers");
-static_assert(!EARLY || (KEEP && !PEEL && PER_THREAD * VEC <= 16), "early weights must fit in registers");
+static_assert(!EARLY || (KEEP && PER_THREAD * VEC <= 16), "early weights must fit in registers");
 static_assert(!STREAM || VEC * sizeof(T) == 16, "streaming accesses are 16 bytes");
 // The residual that is added last is asked for together with the row, so that its reading does not wait for the
 // statistics. So are the weights if the rows are few: later, with many blocks on an SM, they come from cache, and their
@@ -70,56 +66,26 @@ __device__ __forceinline__ Vector<T, VEC> load_now(const T* from) {
     return v;
 }
 
-// Whether a vector that begins at this column lies in the row, and whether its element does.
-__device__ __forceinline__ bool whole(int column) { return !PEEL || (column >= 0 && column + VEC <= HIDDEN); }
-__device__ __forceinline__ bool inside(int column) { return !PEEL || (column >= 0 && column < HIDDEN); }
-
-// Part of a row, which is read once and written once; zeros for what is not of the row.
-__device__ __forceinline__ Vector<T, VEC> load_row(const T* row, int column) {
+// Part of a row, which is read once and written once.
+__device__ __forceinline__ Vector<T, VEC> load_row(const T* from) {
     Vector<T, VEC> v;
-    if (whole(column)) {
-        const Vector<T, VEC>* from = reinterpret_cast<const Vector<T, VEC>*>(row + column);
-        if constexpr (STREAM) reinterpret_cast<uint4&>(v) = load_streaming(reinterpret_cast<const uint4*>(from));
-        else v = *from;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) v.lane[e] = inside(column + e) ? row[column + e] : from_float<T>(0.0f);
-    }
+    if constexpr (STREAM) reinterpret_cast<uint4&>(v) = load_streaming(reinterpret_cast<const uint4*>(from));
+    else v = *reinterpret_cast<const Vector<T, VEC>*>(from);
     return v;
 }
-__device__ __forceinline__ void store_row(T* row, int column, const float (&values)[VEC]) {
+__device__ __forceinline__ void store_row(T* to, const float (&values)[VEC]) {
     const Vector<T, VEC> v = rounded<T>(values);
-    if (whole(column)) {
-        if constexpr (STREAM) __stcs(reinterpret_cast<uint4*>(row + column), reinterpret_cast<const uint4&>(v));
-        else *reinterpret_cast<Vector<T, VEC>*>(row + column) = v;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; ++e)
-            if (inside(column + e)) row[column + e] = v.lane[e];
-    }
-}
-
-// Weights or biases, in pieces that are aligned whatever the row's shift.
-__device__ __forceinline__ void load_operand(const T* from, int column, float (&values)[VEC]) {
-#pragma unroll
-    for (int e = 0; e < VEC; e += ALIGN) {
-        Vector<T, ALIGN> piece = {};
-        if (inside(column + e)) piece = *reinterpret_cast<const Vector<T, ALIGN>*>(from + column + e);
-#pragma unroll
-        for (int i = 0; i < ALIGN; ++i) values[e + i] = to_float(piece.lane[i]);
-    }
+    if constexpr (STREAM) __stcs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(v));
+    else *reinterpret_cast<Vector<T, VEC>*>(to) = v;
 }
 
 // Elements of the row that the 32 threads of one of its warps own.
-__device__ __forceinline__ int owned(int warp, int shift) {
-    if constexpr (!PEEL && VECTORS % ACROSS == 0) return PER_THREAD * 32 * VEC;
-    int elements = 0;
+__device__ __forceinline__ int owned(int warp) {
+    if constexpr (VECTORS % ACROSS == 0) return PER_THREAD * 32 * VEC;
+    int vectors = 0;
 #pragma unroll(PER_THREAD <= 8 ? PER_THREAD : 1)
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const int begin = (i * ACROSS + warp * 32) * VEC - shift;
-        elements += min(max(begin + 32 * VEC, 0), HIDDEN) - min(max(begin, 0), HIDDEN);
-    }
-    return elements;
+    for (int i = 0; i < PER_THREAD; ++i) vectors += min(max(VECTORS - i * ACROSS - warp * 32, 0), 32);
+    return vectors * VEC;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS * ROWS, 1)
@@ -136,13 +102,12 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
     float kept[KEEP ? PER_THREAD : 1][VEC];
     Vector<T, VEC> residual[EARLY_AFTER ? PER_THREAD : 1], operand[EARLY ? PER_THREAD : 1][OPERANDS];
 
-    auto shift_of = [](long long row) { return PEEL ? static_cast<int>(row * HIDDEN & (VEC - 1)) : 0; };
     // body(i, column) for each vector this thread owns; i indexes `kept`, so it must unroll when KEEP.
-    auto for_each_vector = [&](int shift, auto body) {
+    auto for_each_vector = [&](auto body) {
 #pragma unroll(KEEP ? PER_THREAD : 1)
         for (int i = 0; i < PER_THREAD; ++i) {
             const int vector = thread + i * ACROSS;
-            if (VECTORS % ACROSS == 0 || vector < VECTORS) body(i, vector * VEC - shift);
+            if (VECTORS % ACROSS == 0 || vector < VECTORS) body(i, vector * VEC);
         }
     };
     // Everyone who shares the row, and what they wrote to shared memory.
@@ -154,8 +119,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
 
     if constexpr (AHEAD) {
         if (first_row < rows) {
-            for_each_vector(shift_of(first_row), [&](int, int column) {
-                column = min(max(column, 0), HIDDEN - 1);
+            for_each_vector([&](int, int column) {
                 const long long at = first_row * HIDDEN + column;
                 prefetch_l2(x0 + at);
                 if constexpr (ADDENDS >= 2) prefetch_l2(x1 + at);
@@ -173,16 +137,15 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
 
     for (long long row = first_row; row < rows; row += stride) {
         const long long start = row * HIDDEN;
-        const int shift = shift_of(row);
         auto read_sum = [&](int column, float (&h)[VEC]) {
             auto add = [&](const T* x) {
-                const Vector<T, VEC> addend = load_row(x + start, column);
+                const Vector<T, VEC> addend = load_row(x + start + column);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) h[e] += to_float(addend.lane[e]);
             };
-            const Vector<T, VEC> first = load_row(x0 + start, column);
+            const Vector<T, VEC> v = load_row(x0 + start + column);
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) h[e] = to_float(first.lane[e]);
+            for (int e = 0; e < VEC; ++e) h[e] = to_float(v.lane[e]);
             if constexpr (ADDENDS >= 2) add(x1);
             if constexpr (ADDENDS >= 3) add(x2);
         };
@@ -197,9 +160,9 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
 
         // Phase 1: read the row once and write the sum.
         float total = 0.0f;
-        for_each_vector(shift, [&](int i, int column) {
+        for_each_vector([&](int i, int column) {
             float h[VEC];
-            if constexpr (EARLY_AFTER) residual[i] = load_row(after + start, column);
+            if constexpr (EARLY_AFTER) residual[i] = load_row(after + start + column);
             read_sum(column, h);
             if constexpr (EARLY) {
                 operand[i][0] = load_now(w1 + column);
@@ -212,21 +175,21 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
                 total += RMS ? h[e] * h[e] : h[e];
                 if constexpr (KEEP) kept[i][e] = h[e];
             }
-            if constexpr (STORE_SUM) store_row(sum + start, column, h);
+            if constexpr (STORE_SUM) store_row(sum + start + column, h);
         });
 
         // Phase 2: statistics, with one barrier. A warp's deviations from its own mean are exact where the mean is
         // large, whatever the mean's rounding.
         float mean = 0.0f, first = 0.0f, second = total;
         if constexpr (!RMS) {
-            mean = __fdividef(warp_sum(total), owned(thread / 32, shift));
+            mean = __fdividef(warp_sum(total), owned(thread / 32));
             second = 0.0f;
-            for_each_vector(shift, [&](int i, int column) {
+            for_each_vector([&](int i, int column) {
                 float h[VEC];
                 values_of(i, column, h);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) {
-                    const float deviation = inside(column + e) ? h[e] - mean : 0.0f;
+                    const float deviation = h[e] - mean;
                     first += deviation;
                     second += deviation * deviation;
                 }
@@ -252,7 +215,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
                 if constexpr (RMS) {
                     second += sum2;
                 } else {
-                    const float apart = of_warp(0, warp) - centre, sum1 = of_warp(1, warp), count = owned(warp, shift);
+                    const float apart = of_warp(0, warp) - centre, sum1 = of_warp(1, warp), count = owned(warp);
                     first += sum1 + count * apart;
                     second += sum2 + apart * (2.0f * sum1 + count * apart);
                 }
@@ -268,35 +231,31 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
         const float scale = rsqrtf(variance + float(eps));  // within 2 units in the last place
 
         // Phase 3: normalise and write.
-        for_each_vector(shift, [&](int i, int column) {
+        for_each_vector([&](int i, int column) {
             float h[VEC];
             values_of(i, column, h);
 #pragma unroll
             for (int e = 0; e < VEC; ++e) h[e] = RMS ? h[e] * scale : ((h[e] - centre) - off) * scale;
-            auto take = [&](int slot, const T* from, float (&values)[VEC]) {
-                if constexpr (EARLY) {
-#pragma unroll
-                    for (int e = 0; e < VEC; ++e) values[e] = to_float(operand[i][slot].lane[e]);
-                } else {
-                    load_operand(from, column, values);
-                }
+            auto take = [&](int slot, const T* from) {
+                if constexpr (EARLY) return operand[i][slot];
+                else return *reinterpret_cast<const Vector<T, VEC>*>(from + column);
             };
             auto write = [&](int slot, const T* weight, const T* bias, T* y) {
-                float result[VEC], other[VEC];
-                take(slot, weight, other);
+                float result[VEC];
+                Vector<T, VEC> other = take(slot, weight);
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) result[e] = h[e] * other[e];
+                for (int e = 0; e < VEC; ++e) result[e] = h[e] * to_float(other.lane[e]);
                 if constexpr (BIAS) {
-                    take(slot + 1, bias, other);
+                    other = take(slot + 1, bias);
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e) result[e] += other[e];
+                    for (int e = 0; e < VEC; ++e) result[e] += to_float(other.lane[e]);
                 }
                 if constexpr (AFTER) {
-                    const Vector<T, VEC> last = EARLY_AFTER ? residual[i] : load_row(after + start, column);
+                    other = EARLY_AFTER ? residual[i] : load_row(after + start + column);
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e) result[e] += to_float(last.lane[e]);
+                    for (int e = 0; e < VEC; ++e) result[e] += to_float(other.lane[e]);
                 }
-                store_row(y + start, column, result);
+                store_row(y + start + column, result);
             };
             write(0, w1, b1, y1);
             if constexpr (NORMS == 2) write(1 + BIAS, w2, b2, y2);

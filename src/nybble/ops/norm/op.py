@@ -128,7 +128,7 @@ def _twin(spec: cost.Spec, rows: tuple[Any, ...], vectors: tuple[Tensor | None, 
     after = rows[-1] if form.after else None
     addends = list(rows[: form.addends])
     outputs = twin.norm(addends, pairs, after, eps, rms=form.rms, store_sum=form.store_sum, config=cost.tile(spec))
-    return outputs if len(outputs) > 1 else outputs[0]
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _operator(function: str, rows: tuple[str, ...], vectors: tuple[str, ...], arrange: Callable[..., Any]) -> Any:
