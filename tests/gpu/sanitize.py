@@ -22,8 +22,8 @@ from nybble.ops.w4a16.cases import W4A16Case
 CASES: tuple[tuple[Case, str], ...] = (
     *((NormCase(f, 3, hidden, torch.float16), "cuda") for f in FUNCTIONS for hidden in (72, 2561, 8192)),
     *((NormCase(f, 2, 65536, torch.float32), "cuda") for f in ("add_dual_layernorm", "rmsnorm")),
-    *((NormCase(f, 2, 262144, torch.float16), "cuda") for f in ("add_layernorm", "rmsnorm")),
-    *((NormCase(f, 1030, 128, torch.float16), "cuda") for f in ("layernorm", "rmsnorm")),
+    *((NormCase(f, 2, 524288, torch.float16), "cuda") for f in ("add_layernorm", "rmsnorm")),
+    *((NormCase(f, 1030, 128, torch.float16), "cuda") for f in FUNCTIONS),
     *((NormCase(f, 3000, hidden, torch.float16), "cuda") for f in FUNCTIONS for hidden in (2560, 2561)),
     *((NormCase(f, 3, hidden, torch.float16), "triton") for f in FUNCTIONS for hidden in (72, 2561, 20000)),
     *((W4A16Case(m, 136, 520, 64), "mma") for m in (1, 9, 17, 33, 70)),

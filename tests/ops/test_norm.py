@@ -172,15 +172,17 @@ def test_choice_is_pure_and_says_why() -> None:
     assert config(rows=4096, hidden=768)["THREADS"] == 96, "64 threads would leave a third of the last round idle"
     assert config(rows=4096, function="layernorm_residual")["STREAM"] is True
     assert config(rows=16384, hidden=4096, function="layernorm_residual")["STREAM"] is False
-    assert config(rows=1 << 17, hidden=128)["ROWS"] == 4
+    short = config(rows=1 << 17, hidden=128)
+    assert (short["THREADS"], short["ROWS"]) == (16, 8)
+    assert config(rows=1 << 17, hidden=128, function="rmsnorm")["THREADS"] == 8
     assert config(rows=512, dtype=torch.float32)["THREADS"] == 320
-    assert config(rows=4096, dtype=torch.float32)["THREADS"] == 160
+    assert config(rows=4096, dtype=torch.float32)["THREADS"] == 320
     assert config(hidden=2561)["VEC"] == 1
     assert config(hidden=2564)["VEC"] == 4
     assert config(alignment=4)["VEC"] == 2
     assert config(rows=512, hidden=4096)["THREADS"] == 256
-    assert config(hidden=65536)["CLUSTER"] == 4
-    assert config(hidden=1 << 18)["KEEP"] is False
+    assert (config(hidden=65536)["CLUSTER"], config(hidden=65536)["THREADS"]) == (8, 256)
+    assert config(hidden=1 << 19)["KEEP"] is False
     assert dict(cost.choose(spec._replace(hidden=65536), A100).pick.config)["CLUSTER"] == 1
     assert cost.choose(spec, None).pick.variant == "reference"
     old = A100._replace(capability=(7, 5))

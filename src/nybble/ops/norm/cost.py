@@ -12,17 +12,22 @@ from nybble.runtime.choice import choose as pick
 from nybble.runtime.hardware import Hardware
 
 MAX_THREADS, MAX_CLUSTER = 1024, 8
-KEPT = 16
-"""Values a thread keeps of a row, up to which no specialisation spills at 1024 threads (64 registers each)."""
+KEPT, WIDE_KEPT = 16, 32
+"""Values a thread keeps of a row, up to which nothing spills: at 1024 threads, of 64 registers each, and at 512."""
+WIDE = 256
+"""Threads of a block that shares a row with others. add_layernorm 65536 wide, 32 and 512 rows: 9.2 and 99.9 us with 8
+blocks of 256 threads, 10.9 and 100 with 4 of 512, 13.0 and 113 with 4 of 1024; one block that reads three times, 42 and
+269."""
 FEW_ROWS = 64
 """Up to as many rows the time is that of waiting: one vector a thread, weights asked for with the row, and all of it
 brought into L2 while the previous kernel still runs. add_layernorm, 1 x 2560: 2.17 us without any of it, 1.55 with
 programmatic dependent launch alone, 1.34 with all; 64 rows: 2.40, 1.75, 1.71. From some hundred rows on asking twice
 costs more than it hides: 5.4 us beside 4.6 at 512 rows."""
 RESIDENT_THREADS = 1536
-"""Threads a multiprocessor holds, of 40 registers each. While all rows fit at once, 8 values a thread; beyond, 16, as
-smaller blocks overlap one row's reading with another's writing. layernorm_residual, 4096 x 2560: 19.9 us with 8 values,
-18.1 with 16; 16384 x 4096: 131 and 108; add_layernorm, 512 x 4096: 5.64 and 4.84, but 512 x 2560: 3.65 and 4.29."""
+"""Threads a multiprocessor holds, of 40 registers each. While all rows fit at once, 8 values a thread; beyond, two
+16-byte vectors, as smaller blocks overlap one row's reading with another's writing. layernorm_residual, 4096 x 2560:
+19.9 us with one vector a thread, 18.1 with two; 16384 x 4096: 131 and 108; add_layernorm, 512 x 4096: 5.64 and 4.84, but
+512 x 2560: 3.65 and 4.29. Four vectors: even, but 219 us beside 196 for layernorm_residual in fp32 at 16384 x 4096."""
 STREAM_BYTES = (8 << 20, 96 << 20)
 """Traffic of a 16-bit layernorm_residual between which streaming accesses pay: 15.2 us beside 18.1 at 63 MB. At 400 MB
 they cost 4 %, and for every other function 2 to 4 %."""
@@ -91,36 +96,59 @@ def _threads(vectors: int, per_thread: int) -> int:
     return 32 * math.ceil(vectors / (32 * max(1, per_thread)))
 
 
+def _heavy(spec: Spec) -> bool:
+    """Three addends in fp32 spill from 12 values on, at more threads than WIDE."""
+    return FORMS[spec.function].addends == 3 and spec.dtype.itemsize == 4 and spec.rows > FEW_ROWS
+
+
+def _sharing(spec: Spec, hardware: Hardware) -> tuple[int, int, int]:
+    """Threads a row in a block, rows a block, blocks a row."""
+    width, size = vector(spec), spec.dtype.itemsize
+    vectors = spec.hidden // width
+    if spec.hidden > MAX_THREADS * (KEPT // 2 if _heavy(spec) else KEPT):
+        cluster = 1
+        while hardware.capability >= (9, 0) and cluster < MAX_CLUSTER and spec.hidden > cluster * WIDE * WIDE_KEPT:
+            cluster *= 2
+        fits = spec.hidden <= cluster * WIDE * WIDE_KEPT
+        return (min(_threads(vectors, cluster * WIDE_KEPT // width), WIDE), 1, cluster) if fits else (MAX_THREADS, 1, 1)
+    one = _threads(vectors, 1)
+    if spec.rows <= FEW_ROWS:
+        return min(one, MAX_THREADS), 1, 1
+    if vectors <= 32:  # short rows share warps, two vectors a thread where there is one tensor to read
+        threads = 4
+        while threads < 32 and threads * (2 if passes(spec.function) == 2 else 1) < vectors:
+            threads *= 2
+        return threads, (128 if threads < 32 else 256) // threads, 1
+    eight = _threads(vectors, 8 // width)
+    several = _threads(vectors, 2 if width * size == 16 else 16 // width)
+    resident = spec.rows * eight <= hardware.sms * RESIDENT_THREADS
+    # Idle threads of a last, half-empty round are worse than fewer values each: 96 vectors are 96 threads, not 64.
+    wasted = several * math.ceil(vectors / several) - vectors
+    threads = eight if resident or wasted * 8 > vectors or width <= 2 else several
+    # In fp32 12 values spill at 1024 threads, so twice as many at half as many threads.
+    return min(threads, 512 if size == 4 and spec.hidden > 8 * MAX_THREADS else MAX_THREADS), 1, 1
+
+
 def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
     """The constants of ``norm.cu`` for a request, beyond those it asks for itself."""
-    form, width = FORMS[spec.function], vector(spec)
-    vectors, few = spec.hidden // width, spec.rows <= FEW_ROWS
-    eight, sixteen = _threads(vectors, 8 // width), _threads(vectors, 16 // width)
-    resident = spec.rows * min(eight, MAX_THREADS) <= hardware.sms * RESIDENT_THREADS
-    # Idle threads of a last, half-empty round are worse than fewer values each: 96 vectors are 96 threads, not 64.
-    wasted = sixteen * math.ceil(vectors / sixteen) - vectors
-    smaller = resident or wasted * 8 > vectors or width <= 2
-    threads = _threads(vectors, 1) if few else eight if smaller else sixteen
-    cluster = 1
-    if hardware.capability >= (9, 0):
-        while vectors * width > cluster * MAX_THREADS * KEPT and cluster < MAX_CLUSTER:
-            cluster *= 2
-    threads = min(threads, _threads(vectors, cluster), MAX_THREADS)
-    kept = math.ceil(vectors / (cluster * threads)) * width
-    keep = kept <= KEPT
+    form, width, size = FORMS[spec.function], vector(spec), spec.dtype.itemsize
+    threads, together, cluster = _sharing(spec, hardware)
+    kept = math.ceil(spec.hidden // width / (cluster * threads)) * width
+    keep = kept <= (WIDE_KEPT if threads <= 512 else KEPT // 2 if _heavy(spec) else KEPT)
     # Registers of the row and of its weights and biases; more than this spills.
-    held = kept + kept * spec.dtype.itemsize // 4 * form.norms * (1 + spec.bias)
-    traffic = passes(spec.function) * spec.rows * spec.hidden * spec.dtype.itemsize
-    wide = form.after and spec.dtype.itemsize == 2 and width == 8
+    held = kept + kept * size // 4 * form.norms * (1 + spec.bias)
+    few = keep and spec.rows <= FEW_ROWS
+    traffic = passes(spec.function) * spec.rows * spec.hidden * size
+    streams = form.after and size == 2 and width == 8 and STREAM_BYTES[0] < traffic <= STREAM_BYTES[1]
     return {
         "VEC": width,
         "THREADS": threads,
-        "ROWS": 1 if few or threads > 32 else 4,
+        "ROWS": together,
         "CLUSTER": cluster if keep else 1,
         "KEEP": keep,
-        "EARLY": keep and few and held <= (24 if threads > 512 else 64),
-        "AHEAD": keep and few,
-        "STREAM": wide and keep and STREAM_BYTES[0] < traffic <= STREAM_BYTES[1],
+        "EARLY": few and kept <= KEPT and held <= (24 if threads > 512 else 64),
+        "AHEAD": few,
+        "STREAM": keep and streams,
     }
 
 

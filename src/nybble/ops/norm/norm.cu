@@ -15,7 +15,8 @@
 // Constants     T: float, half_t, bf16_t; ADDENDS: 1..3;
 //               VEC: elements a vector, a power of two up to 16 / sizeof(T) that divides HIDDEN;
 //               RMS, BIAS, AFTER, STORE_SUM: 0/1; NORMS: 1..2;
-//               THREADS: 32..1024 threads a row (in this block); ROWS: rows a block; CLUSTER: blocks a row, 1..8
+//               THREADS: threads a row in this block, 4, 8, 16 or whole warps up to 1024; ROWS: rows a block;
+//               CLUSTER: blocks a row, 1..8
 //               KEEP: 1 keeps the row in registers, 0 reads it again in each pass (rows too wide for registers)
 //               EARLY: 1 asks for weights and biases together with the row and keeps them in registers, for few rows
 //               AHEAD: 1 brings the row into L2 while the previous kernel still runs, for few rows
@@ -34,12 +35,15 @@ static_assert(HIDDEN % VEC == 0, "a row must be a whole number of vectors");
 static_assert(VEC * sizeof(T) <= 16, "a vector is at most 16 bytes");
 static_assert(ADDENDS >= 1 && ADDENDS <= 3, "one to three tensors are summed");
 static_assert(NORMS == 1 || NORMS == 2, "one or two outputs share the statistics");
-static_assert(THREADS % 32 == 0 && THREADS * ROWS <= 1024, "a block is full warps, at most 32");
+static_assert(THREADS % 32 == 0 || THREADS == 4 || THREADS == 8 || THREADS == 16, "whole warps or a part of one");
+static_assert(THREADS * ROWS % 32 == 0 && THREADS * ROWS <= 1024, "a block is whole warps, at most 32");
+static_assert(ROWS <= 15 || THREADS <= 32, "a row of several warps needs a barrier of its own");
 static_assert(CLUSTER == 1 || (ROWS == 1 && CLUSTER * THREADS <= 8192), "a cluster of up to 8 blocks shares one row");
 
 constexpr int VECTORS = HIDDEN / VEC;
 constexpr int ACROSS = CLUSTER * THREADS;  // threads a row
 constexpr int PER_THREAD = (VECTORS + ACROSS - 1) / ACROSS;
+static_assert(VECTORS + (THREADS < 32 ? THREADS : 32) > ACROSS, "every warp owns a part of the row");
 static_assert(!KEEP || PER_THREAD * VEC <= 32, "what a thread keeps must fit in registers");
 static_assert(!EARLY || (KEEP && PER_THREAD * VEC <= 16), "early weights must fit in registers");
 static_assert(!STREAM || VEC * sizeof(T) == 16, "streaming accesses are 16 bytes");
@@ -48,8 +52,9 @@ static_assert(!STREAM || VEC * sizeof(T) == 16, "streaming accesses are 16 bytes
 // registers cost more than the wait.
 constexpr bool EARLY_AFTER = AFTER && KEEP;
 constexpr int OPERANDS = NORMS * (1 + BIAS);
-constexpr int WARPS = ACROSS / 32;        // warps a row
-constexpr int WARPS_HERE = THREADS / 32;  // of them in this block
+constexpr int LANES = THREADS < 32 ? THREADS : 32;  // threads of a warp that share a row
+constexpr int WARPS = ACROSS / LANES;               // warps a row
+constexpr int WARPS_HERE = THREADS / LANES;         // of them in this block
 constexpr int MERGE = WARPS > 16 ? 32 : WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : 2;  // threads that merge them
 
 // A vector, now: `volatile` keeps the compiler from moving the load down to its first use.
@@ -81,10 +86,10 @@ __device__ __forceinline__ void store_row(T* to, const float (&values)[VEC]) {
 
 // Elements of the row that the 32 threads of one of its warps own.
 __device__ __forceinline__ int owned(int warp) {
-    if constexpr (VECTORS % ACROSS == 0) return PER_THREAD * 32 * VEC;
+    if constexpr (VECTORS % ACROSS == 0) return PER_THREAD * LANES * VEC;
     int vectors = 0;
 #pragma unroll(PER_THREAD <= 8 ? PER_THREAD : 1)
-    for (int i = 0; i < PER_THREAD; ++i) vectors += min(max(VECTORS - i * ACROSS - warp * 32, 0), 32);
+    for (int i = 0; i < PER_THREAD; ++i) vectors += min(max(VECTORS - i * ACROSS - warp * LANES, 0), LANES);
     return vectors * VEC;
 }
 
@@ -93,21 +98,22 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
             const T* __restrict__ after, const T* __restrict__ w1, const T* __restrict__ b1,
             const T* __restrict__ w2, const T* __restrict__ b2, T* __restrict__ y1, T* __restrict__ y2,
             T* __restrict__ sum, long long rows, double eps) {
-    __shared__ float partial[ROWS][3][WARPS_HERE];
+    __shared__ float partial[WARPS > 1 ? ROWS : 1][3][WARPS_HERE];
     const int rank = CLUSTER > 1 ? cluster_rank() : 0;
     const int group = ROWS > 1 ? threadIdx.x / THREADS : 0, here = ROWS > 1 ? threadIdx.x % THREADS : threadIdx.x;
-    const int thread = rank * THREADS + here, lane = here % 32;
+    const int thread = rank * THREADS + here, lane = here % LANES;
     const long long first_row = static_cast<long long>(CLUSTER > 1 ? blockIdx.x / CLUSTER : blockIdx.x) * ROWS + group;
     const long long stride = static_cast<long long>(CLUSTER > 1 ? gridDim.x / CLUSTER : gridDim.x) * ROWS;
     float kept[KEEP ? PER_THREAD : 1][VEC];
     Vector<T, VEC> residual[EARLY_AFTER ? PER_THREAD : 1], operand[EARLY ? PER_THREAD : 1][OPERANDS];
 
+    bool active = true;  // this thread has a row
     // body(i, column) for each vector this thread owns; i indexes `kept`, so it must unroll when KEEP.
     auto for_each_vector = [&](auto body) {
 #pragma unroll(KEEP ? PER_THREAD : 1)
         for (int i = 0; i < PER_THREAD; ++i) {
             const int vector = thread + i * ACROSS;
-            if (VECTORS % ACROSS == 0 || vector < VECTORS) body(i, vector * VEC);
+            if ((VECTORS % ACROSS == 0 || vector < VECTORS) && active) body(i, vector * VEC);
         }
     };
     // Everyone who shares the row, and what they wrote to shared memory.
@@ -135,7 +141,10 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
     wait_for_previous();
     allow_next();
 
-    for (long long row = first_row; row < rows; row += stride) {
+    // Warps that several rows share leave the loop together, as they shuffle together.
+    const long long last_row = LANES < 32 ? (rows + 32 / LANES - 1) / (32 / LANES) * (32 / LANES) : rows;
+    for (long long row = first_row; row < last_row; row += stride) {
+        if constexpr (LANES < 32) active = row < rows;
         const long long start = row * HIDDEN;
         auto read_sum = [&](int column, float (&h)[VEC]) {
             auto add = [&](const T* x) {
@@ -182,7 +191,7 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
         // large, whatever the mean's rounding.
         float mean = 0.0f, first = 0.0f, second = total;
         if constexpr (!RMS) {
-            mean = __fdividef(warp_sum(total), owned(thread / 32));
+            mean = __fdividef(warp_sum<LANES>(total), owned(thread / LANES));
             second = 0.0f;
             for_each_vector([&](int i, int column) {
                 float h[VEC];
@@ -194,12 +203,12 @@ norm_kernel(const T* __restrict__ x0, const T* __restrict__ x1, const T* __restr
                     second += deviation * deviation;
                 }
             });
-            first = warp_sum(first);
+            first = warp_sum<LANES>(first);
         }
-        second = warp_sum(second);
+        second = warp_sum<LANES>(second);
         float centre = mean;
         if constexpr (WARPS > 1) {
-            float* mine = &partial[group][0][here / 32];
+            float* mine = &partial[group][0][here / LANES];
             if (lane == 0) mine[0] = mean, mine[WARPS_HERE] = first, mine[2 * WARPS_HERE] = second;
             sync_row();
             // Merge: the same sums about the row's first warp's mean, whose own rounding `off` mends.
