@@ -26,8 +26,8 @@ costs more than it hides: 5.4 us beside 4.6 at 512 rows."""
 RESIDENT_THREADS = 1536
 """Threads a multiprocessor holds, of 40 registers each. While all rows fit at once, 8 values a thread; beyond, two
 16-byte vectors, as smaller blocks overlap one row's reading with another's writing. layernorm_residual, 4096 x 2560:
-19.9 us with one vector a thread, 18.1 with two; 16384 x 4096: 131 and 108; add_layernorm, 512 x 4096: 5.64 and 4.84, but
-512 x 2560: 3.65 and 4.29. Four vectors: even, but 219 us beside 196 for layernorm_residual in fp32 at 16384 x 4096."""
+19.9 us with one vector a thread, 18.1 with two; 16384 x 4096: 131 and 108; add_layernorm, 512 x 4096: 5.64 and 4.84,
+but 512 x 2560: 3.65 and 4.29. Four vectors: even, but 219 us beside 196 for layernorm_residual in fp32 at 16384 x 4096."""
 STREAM_BYTES = (8 << 20, 96 << 20)
 """Traffic of a 16-bit layernorm_residual between which streaming accesses pay: 15.2 us beside 18.1 at 63 MB. At 400 MB
 they cost 4 %, and for every other function 2 to 4 %."""
