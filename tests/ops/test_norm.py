@@ -184,6 +184,10 @@ def test_choice_is_pure_and_says_why() -> None:
     assert (config(hidden=65536)["CLUSTER"], config(hidden=65536)["THREADS"]) == (8, 256)
     assert config(hidden=1 << 19)["KEEP"] is False
     assert dict(cost.choose(spec._replace(hidden=65536), A100).pick.config)["CLUSTER"] == 1
+    large = NormCase("layernorm_residual", 16384, 4096, torch.float32).spec()
+    assert cost.choose(large, H200).pick.variant == "triton"
+    assert cost.choose(large._replace(rows=4096), H200).pick.variant == "cuda"
+    assert cost.choose(large._replace(dtype=torch.float16), H200).pick.variant == "cuda"
     assert cost.choose(spec, None).pick.variant == "reference"
     old = A100._replace(capability=(7, 5))
     assert cost.choose(spec, old).pick.variant == "reference"

@@ -27,10 +27,14 @@ RESIDENT_THREADS = 1536
 """Threads a multiprocessor holds, of 40 registers each. While all rows fit at once, 8 values a thread; beyond, two
 16-byte vectors, as smaller blocks overlap one row's reading with another's writing. layernorm_residual, 4096 x 2560:
 19.9 us with one vector a thread, 18.1 with two; 16384 x 4096: 131 and 108; add_layernorm, 512 x 4096: 5.64 and 4.84,
-but 512 x 2560: 3.65 and 4.29. Four vectors: even, but 219 us beside 196 for layernorm_residual in fp32 at 16384 x 4096."""
+but 512 x 2560: 3.65 and 4.29. Four vectors win only for three addends in fp32 (391 us beside 408 at 16384 x 4096); for
+layernorm_residual in fp32 they take 218 us beside 196."""
 STREAM_BYTES = (8 << 20, 96 << 20)
 """Traffic of a 16-bit layernorm_residual between which streaming accesses pay: 15.2 us beside 18.1 at 63 MB. At 400 MB
 they cost 4 %, and for every other function 2 to 4 %."""
+RESIDUAL_BYTES, RESIDUAL_SLOWER = 256 << 20, 1.07
+"""Traffic beyond which layernorm_residual in fp32 is that much slower than its bytes: 197.6 us at 16384 x 4096, where
+the Triton twin takes 185.5; at 126 MB it is 32.5 beside 34.5. No other function or dtype shows it."""
 LAUNCH_US = 1.2
 """A call with one row as a node of a CUDA graph behind another of ours: 1.2 to 1.5 us on an H200."""
 TRITON_LAUNCH_US = 2.3
@@ -120,7 +124,8 @@ def _sharing(spec: Spec, hardware: Hardware) -> tuple[int, int, int]:
             threads *= 2
         return threads, (128 if threads < 32 else 256) // threads, 1
     eight = _threads(vectors, 8 // width)
-    several = _threads(vectors, 2 if width * size == 16 else 16 // width)
+    vectors_each = 4 if FORMS[spec.function].addends == 3 and size == 4 else 2
+    several = _threads(vectors, vectors_each if width * size == 16 else 16 // width)
     resident = spec.rows * eight <= hardware.sms * RESIDENT_THREADS
     # Idle threads of a last, half-empty round are worse than fewer values each: 96 vectors are 96 threads, not 64.
     wasted = several * math.ceil(vectors / several) - vectors
@@ -194,7 +199,10 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     reason = f"{sharing}, {int(config['VEC']) * spec.dtype.itemsize}-byte accesses, " + (
         "the row stays in registers" if config["KEEP"] else "the row is read three times: too wide for registers"
     )
-    cuda = Candidate("cuda", tuple(config.items()), LAUNCH_US + traffic * tensor_us, reason)
+    us = LAUNCH_US + traffic * tensor_us
+    if FORMS[spec.function].after and spec.dtype.itemsize == 4 and crossing * tensor_us * read * 1e6 > RESIDUAL_BYTES:
+        us *= RESIDUAL_SLOWER
+    cuda = Candidate("cuda", tuple(config.items()), us, reason)
     tiles = tile(spec)
     reads = 1 if tiles["BLOCK"] >= spec.hidden else 3 if FORMS[spec.function].rms else 4
     us = TRITON_LAUNCH_US + (crossing + (reads - 1) * addends) * tensor_us

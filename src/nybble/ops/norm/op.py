@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -105,19 +106,24 @@ def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
     return Source(KERNEL, constants)
 
 
-def _make(spec: cost.Spec, device: int) -> tuple[Plan | None, int]:
-    """The plan of a request and the rows of one block; no plan where something else than ``norm.cu`` runs."""
+def _make(spec: cost.Spec, device: int) -> tuple[Plan | None, int, bool]:
+    """The plan of a request, the rows of one block, and whether the Triton twin runs instead."""
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
     chosen = cost.choose(spec, card).pick
+    if chosen.variant == "triton" and spec.variant == "auto" and find_spec("triton") is None:
+        chosen = cost.choose(spec._replace(variant="cuda"), card).pick
     if chosen.variant != "cuda":
-        return None, 1
+        return None, 1, chosen.variant == "triton"
     config = dict(chosen.config)
     binary = compile_kernel(source(spec, chosen.config), card.arch)
     cluster, together = config["CLUSTER"], config["ROWS"]
-    threads = config["THREADS"] * together
-    plan = Plan(binary, PARAMETERS, device=device, threads=threads, cluster=cluster, overlap=card.capability >= (9, 0))
-    return plan, together
+    threads, overlap = config["THREADS"] * together, card.capability >= (9, 0)
+    return (
+        Plan(binary, PARAMETERS, device=device, threads=threads, cluster=cluster, overlap=overlap),
+        together,
+        False,
+    )
 
 
 def _twin(spec: cost.Spec, rows: tuple[Any, ...], vectors: tuple[Tensor | None, ...], eps: float) -> Any:
@@ -142,7 +148,7 @@ def _operator(function: str, rows: tuple[str, ...], vectors: tuple[str, ...], ar
     """
     form = cost.FORMS[function]
     names = (*rows, *vectors)
-    plans: dict[tuple[Any, ...], tuple[Plan | None, int]] = {}
+    plans: dict[tuple[Any, ...], tuple[Plan | None, int, bool]] = {}
 
     def checked(*arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         x0, x1, x2, after, w1, b1, w2, b2, eps, _ = arguments
@@ -210,10 +216,10 @@ def _operator(function: str, rows: tuple[str, ...], vectors: tuple[str, ...], ar
         entry = plans.get(key)
         if entry is None:
             entry = plans[key] = _make(request(x, b1, bits, count, variant), device)
-        plan, together = entry
+        plan, together, triton = entry
         if plan is None:
             given, pairs = checked(x, x1, x2, after, w1, b1, w2, b2, eps, variant)
-            if variant == "triton":
+            if triton:
                 return _twin(request(x, b1, bits, count, variant), given, pairs, eps)
             return _reference(function, given, pairs, eps)
         y1 = torch.empty_like(x)
