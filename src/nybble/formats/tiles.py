@@ -23,6 +23,7 @@ contiguous in the packed weight and the activations are gathered instead.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +68,13 @@ class PackedWeight:
     in_features: int
     out_features: int
     group_size: int
+
+    _settled: ClassVar[int | None] = None
+    """On an instance: the versions of its tensors, added up, when a kernel last waited for whatever had written them
+    (-1 where tensors have no versions). No field: it is of this object's tensors, and a copy's are new."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_settled"}
 
     def __post_init__(self) -> None:
         k, n, groups = self.in_features, self.out_features, packed_groups(self.in_features, self.group_size)
@@ -145,6 +153,25 @@ class PackedWeight:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """``(qweight, scales, qzeros, perm)``, as the operator takes them."""
         return self.qweight, self.scales, self.qzeros, self.perm
+
+    def settle(self) -> bool:
+        """Whether a launch must wait for the whole of the kernel before it, which may be what wrote these tensors.
+
+        True for the first launch and after a change in place; a kernel otherwise reads weights before it waits.
+        """
+        settled = self._settled
+        if settled == -1:
+            return False
+        if settled is None and any(t is not None and t.is_inference() for t in self.tensors):
+            object.__setattr__(self, "_settled", -1)
+            return True
+        version = self.qweight._version + self.scales._version
+        if self.qzeros is not None:
+            version += self.qzeros._version
+        if settled == version:
+            return False
+        object.__setattr__(self, "_settled", version)
+        return True
 
     @property
     def nbytes(self) -> int:

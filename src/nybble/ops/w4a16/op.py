@@ -1,61 +1,210 @@
-"""The 4-bit linear: public function, checks and registration."""
+"""The 4-bit linear with what goes before and after it: public functions, checks and registration."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nybble.formats.tiles import PackedWeight
+from nybble.ops.norm import op as norms
 from nybble.ops.register import eager, register
-from nybble.ops.w4a16 import cost
-from nybble.ops.w4a16.reference import linear
+from nybble.ops.w4a16 import cost, reference
 from nybble.runtime import hardware
 from nybble.runtime.build import compile_kernel
+from nybble.runtime.choice import Candidate
 from nybble.runtime.errors import wrong_type, wrong_value
 from nybble.runtime.plan import Plan
 from nybble.runtime.source import PACKAGE, Source
 
-FUNCTION = "w4a16_linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL = PACKAGE / "ops" / "w4a16" / "mma.cu"
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
-# A plan, its rows a block, and a template of the output for each shape of x: one element, expanded. `empty_like` of
-# that takes half the host time of `new_empty` with a shape, 0.6 us.
-Ready = tuple[Plan, int, dict[tuple[int, ...], Tensor]]
+KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "stream")}
+PARAMETERS = {"mma": "8q", "stream": "11qd"}
+NOT_COMPILED = ("SHARED",)
+"""Of a candidate's constants, those that only the launch takes."""
+
+_INF = float("inf")
 _MAX_TEMPLATES = 1024
 
-_PLANS: dict[tuple[Any, ...], Ready | None] = {}
+
+class Norm(NamedTuple):
+    """A norm of the activations over their last dimension, before a linear layer.
+
+    Attributes:
+        weight, bias: ``[K]``, the dtype of the activations; a bias only with layernorm.
+        eps: added to the variance (layernorm) or to the mean square (rmsnorm).
+        kind: ``"layernorm"`` or ``"rmsnorm"``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    kind: str = "layernorm"
 
 
-def check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+class Words(NamedTuple):
+    """What the messages of a public function call it and its arguments."""
+
+    function: str = "w4a16_linear"
+    x: str = "x"
+    weight: tuple[str, ...] = ("weight.qweight", "weight.scales", "weight.qzeros", "weight.perm")
+    norm_kind: str = "norm.kind"
+    norm_weight: str = "norm.weight"
+    norm_bias: str = "norm.bias"
+    eps: str = "norm.eps"
+
+
+WORDS = Words()
+
+
+class Ready(NamedTuple):
+    """A plan and what its launches need besides.
+
+    Attributes:
+        plan: the kernel.
+        tile_m: rows a block. across: blocks side by side along the output features.
+        whole: it is ``stream.cu``, with everything around the product in it.
+        templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
+            half the host time of `new_empty` with a shape, 0.6 us.
+    """
+
+    plan: Plan
+    tile_m: int
+    across: int
+    whole: bool
+    templates: dict[tuple[int, ...], Tensor]
+
+
+_PLANS: dict[tuple[Any, ...], Ready | str] = {}
+"""The plan of a request, or the name of the variant that has none."""
+
+
+def check(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_kind: str = "",
+    activation: str = "",
+    split1: int = 0,
+    split2: int = 0,
+    words: Words = WORDS,
+) -> None:
     """Refuse what no variant computes; the same on every device and under tracing. The weight has checked itself.
 
     Raises:
-        TypeError: a dtype. ValueError: a shape or a device.
+        TypeError: a dtype. ValueError: a shape, a device or a value.
     """
-    k, n = weight.in_features, weight.out_features
+    k, n, function = weight.in_features, weight.out_features, words.function
     if x.dtype not in DTYPES:
-        raise wrong_type(FUNCTION, "x", "float16, bfloat16 or float32", x.dtype)
+        raise wrong_type(function, words.x, "float16, bfloat16 or float32", x.dtype)
     if x.dim() == 0 or x.shape[-1] != k:
-        raise wrong_value(FUNCTION, "x", f"shape [..., in_features] = [..., {k}]", list(x.shape))
-    if bias is not None:
-        if bias.dtype != x.dtype:
-            raise wrong_type(FUNCTION, "bias", f"{x.dtype}, the dtype of x", bias.dtype)
-        if bias.shape != (n,):
-            raise wrong_value(FUNCTION, "bias", f"shape [out_features] = [{n}]", list(bias.shape))
-    names = ("weight.qweight", "weight.scales", "weight.qzeros", "weight.perm", "bias")
-    for name, tensor in zip(names, (*weight.tensors, bias), strict=True):
+        raise wrong_value(function, words.x, f"shape [..., in_features] = [..., {k}]", list(x.shape))
+    if activation and activation not in ACTIVATIONS:
+        raise wrong_value(function, "activation", f"None or one of {list(ACTIVATIONS)}", repr(activation))
+    if split1 or split2:
+        if not 0 < split1 < split2 < n or split1 % 8 or split2 % 8:
+            expected = f"two multiples of 8 that rise, within {n} output features"
+            raise wrong_value(function, "split1, split2", expected, (split1, split2))
+        if activation == "silu_mul" or residual is not None:
+            raise wrong_value(function, "split1, split2", "0 with silu_mul or a residual", (split1, split2))
+    if norm_kind and norm_kind not in NORMS:
+        raise wrong_value(function, words.norm_kind, f"one of {list(NORMS)}", repr(norm_kind))
+    if bool(norm_kind) != (norm_weight is not None):
+        expected = "a weight with a kind of norm" if norm_kind else "a kind of norm with its weight"
+        raise wrong_value(function, words.norm_weight, expected, "None" if norm_weight is None else "a weight alone")
+    if norm_bias is not None and norm_kind != "layernorm":
+        remedy = "Only layernorm has a bias."
+        raise wrong_value(function, words.norm_bias, f"None with {norm_kind or 'no norm'}", "a tensor", remedy)
+    if norm_kind and not 0.0 <= eps < _INF:
+        raise wrong_value(function, words.eps, "a finite number >= 0", eps)
+    out = n // 2 if activation == "silu_mul" else n
+    for name, tensor, letters, shape in (
+        ("bias", bias, "[out_features]", (n,)),
+        (words.norm_weight, norm_weight, "[in_features]", (k,)),
+        (words.norm_bias, norm_bias, "[in_features]", (k,)),
+        ("residual", residual, "that of the result", (*x.shape[:-1], out)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise wrong_type(function, name, f"{x.dtype}, the dtype of {words.x}", tensor.dtype)
+        if tensor.shape != shape:
+            raise wrong_value(function, name, f"shape {letters} = {list(shape)}", list(tensor.shape))
+    names = (*words.weight, "bias", "residual", words.norm_weight, words.norm_bias)
+    for name, tensor in zip(names, (*weight.tensors, bias, residual, norm_weight, norm_bias), strict=True):
         if tensor is not None and tensor.device != x.device:
-            raise wrong_value(FUNCTION, name, f"device {x.device}, that of x", tensor.device)
+            raise wrong_value(function, name, f"device {x.device}, that of {words.x}", tensor.device)
 
 
-def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    return linear(x, *weight.tensors, bias, weight.in_features, weight.out_features, weight.group_size)
+def result_shape(lead: Sequence[int], n: int, activation: str, split1: int, split2: int) -> tuple[int, ...]:
+    """Of the operator's result: ``[..., N]``; half of N with silu_mul; three equal planes ``[3, ..., N / 3]``; three
+    others flat, one behind the other."""
+    if not split1:
+        return (*lead, n // 2 if activation == "silu_mul" else n)
+    if split2 == 2 * split1 and n == 3 * split1:
+        return (3, *lead, split1)
+    return (math.prod(lead) * n,)
 
 
-def _spec(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) -> cost.Spec:
+def _reference(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, *around: Any, split1: int = 0, split2: int = 0
+) -> Tensor:
+    """``around``: residual to activation, as the operator takes them."""
+    k, n = weight.in_features, weight.out_features
+    y = reference.linear(x, *weight.tensors, bias, k, n, weight.group_size, *around)
+    if not split1:
+        return y
+    return reference.planes(y, (split1, split2)).view(result_shape(x.shape[:-1], n, "", split1, split2))
+
+
+def _composed(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    norm_kind: str,
+    activation: str,
+    split1: int,
+    split2: int,
+) -> Tensor:
+    """The norm's kernel, the plain product, PyTorch's functions: each rounds its result."""
+    lead = x.shape[:-1]
+    if norm_weight is not None:
+        if norm_kind == "rmsnorm":
+            x = norms.rmsnorm(x, norm_weight, eps)
+        else:
+            x = norms.layernorm(x, norm_weight, norm_bias, eps)
+    y = reference.epilogue(_launch(x, weight, bias, "auto"), activation, residual)
+    if not split1:
+        return y
+    return reference.planes(y, (split1, split2)).view(result_shape(lead, weight.out_features, "", split1, split2))
+
+
+def _spec(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    variant: str,
+    residual: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_kind: str,
+    activation: str,
+    split1: int,
+    split2: int,
+) -> cost.Spec:
     rows = x.numel() // weight.in_features
     return cost.Spec(
         1 << max(0, rows - 1).bit_length(),
@@ -68,6 +217,11 @@ def _spec(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) ->
         weight.perm is not None,
         bias is not None,
         variant,
+        norm_kind,
+        activation,
+        residual is not None,
+        norm_bias is not None,
+        (split1, split2) if split1 else (),
     )
 
 
@@ -76,57 +230,111 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() & 15 == 0
 
 
-def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str) -> Tensor:
+def _straight(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or _plain(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    variant: str,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_kind: str = "",
+    activation: str = "",
+    split1: int = 0,
+    split2: int = 0,
+    words: Words = WORDS,
+) -> Tensor:
     """The warm path: one look at each tensor, one at the plans, the launch."""
     qweight, scales, qzeros, perm = weight.qweight, weight.scales, weight.qzeros, weight.perm
-    device, shape, k, n = x.get_device(), x.shape, weight.in_features, weight.out_features
+    device, dtype, shape, k = x.get_device(), x.dtype, x.shape, weight.in_features
     rows = x.numel() // k
+    odd = qweight.get_device() != device or scales.get_device() != device
+    if bias is not None:
+        odd |= bias.dtype is not dtype or bias.shape != (weight.out_features,) or bias.get_device() != device
+        odd |= not _plain(bias)
+    around = None
+    if norm_kind or activation or split1 or residual is not None or norm_weight is not None or norm_bias is not None:
+        around = (norm_kind, norm_weight is None, norm_bias is None, activation, residual is None, split1, split2)
+        if norm_weight is not None:
+            odd |= norm_weight.dtype is not dtype or norm_weight.shape != (k,) or norm_weight.get_device() != device
+            odd |= not _plain(norm_weight) or not 0.0 <= eps < _INF
+            if norm_bias is not None:
+                odd |= norm_bias.dtype is not dtype or norm_bias.shape != (k,) or norm_bias.get_device() != device
+                odd |= not _plain(norm_bias)
+        if residual is not None:
+            odd |= residual.dtype is not dtype or residual.get_device() != device or residual.dim() != x.dim()
+            odd |= not _plain(residual) or residual.shape[:-1] != shape[:-1]
+            odd |= residual.shape[-1:] != (weight.out_features >> (activation == "silu_mul"),)
     key = (
-        k, n, weight.group_size, x.dtype, scales.dtype, qzeros is None, perm is None, bias is None,
-        (rows - 1).bit_length(), variant, device,
+        k, weight.out_features, weight.group_size, dtype, scales.dtype, qzeros is None, perm is None, bias is not None,
+        (rows - 1).bit_length(), variant, device, around,
     )  # fmt: skip
-    plan = _PLANS.get(key)
-    if (
-        plan is None
-        or shape[-1] != k
-        or qweight.get_device() != device
-        or scales.get_device() != device
-        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or not _plain(bias)))
-    ):
-        check(x, weight, bias)
-        if key not in _PLANS:
-            _PLANS[key] = _make(_spec(x, weight, bias, variant), device)
-        plan = _PLANS[key]
-        if plan is None:
-            return _reference(x, weight, bias)
-        bias = bias if bias is None or _plain(bias) else bias.clone(memory_format=torch.contiguous_format)
+    ready = _PLANS.get(key)
+    if odd or ready is None or isinstance(ready, str) or not shape or shape[-1] != k:
+        check(
+            x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2, words
+        )  # fmt: skip
+        if ready is None:
+            spec = _spec(
+                x, weight, bias, variant, residual, norm_bias, norm_kind, activation, split1, split2
+            )  # fmt: skip
+            ready = _PLANS[key] = _make(spec, device)
+        if ready == "composed":
+            return _composed(
+                x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2
+            )  # fmt: skip
+        if isinstance(ready, str):
+            return _reference(
+                x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation,
+                split1=split1, split2=split2,
+            )  # fmt: skip
+        bias, residual = _straight(bias), _straight(residual)
+        norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
+    plan, tile_m, across, whole, templates = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
-    kernel, tile_m, templates = plan
     template = templates.get(shape)
     if template is None:
         if len(templates) >= _MAX_TEMPLATES:
             templates.clear()
-        template = templates[shape] = x.new_empty(1).expand((*shape[:-1], n))
+        out = result_shape(shape[:-1], weight.out_features, activation, split1, split2)
+        template = templates[shape] = x.new_empty(1).expand(out)
     y = torch.empty_like(template, memory_format=torch.contiguous_format)
-    if rows:
-        kernel.launch(
-            (-(-rows // tile_m), qweight.shape[0], 1),
-            x.data_ptr(),
-            qweight.data_ptr(),
-            scales.data_ptr(),
-            0 if qzeros is None else qzeros.data_ptr(),
-            0 if perm is None else perm.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-        )
+    if not rows:
+        return y
+    zeros, order = 0 if qzeros is None else qzeros.data_ptr(), 0 if perm is None else perm.data_ptr()
+    added = 0 if bias is None else bias.data_ptr()
+    if not whole:
+        plan.launch(
+            (-(-rows // tile_m), across, 1),
+            x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), zeros, order, added, y.data_ptr(), rows,
+        )  # fmt: skip
+        return y
+    grid = (across, -(-rows // tile_m), 1)
+    arguments = (
+        x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), zeros, order, added,
+        0 if residual is None else residual.data_ptr(),
+        0 if norm_weight is None else norm_weight.data_ptr(),
+        0 if norm_bias is None else norm_bias.data_ptr(),
+        y.data_ptr(), rows, eps,
+    )  # fmt: skip
+    if plan.overlap and weight.settle():
+        plan.launch(grid, *arguments, alone=True)  # pyright: ignore[reportCallIssue]
+    else:
+        plan.launch(grid, *arguments)
     return y
 
 
-def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
-    """The specialisation of ``mma.cu`` for a request and the constants of a candidate."""
-    constants = (
+def source(spec: cost.Spec, candidate: Candidate) -> Source:
+    """The specialisation of a candidate's kernel file for a request."""
+    constants: tuple[tuple[str, Any], ...] = (
         ("X", spec.dtype),
         ("S", spec.scale_dtype),
         ("N", spec.n),
@@ -135,59 +343,173 @@ def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
         ("ZEROS", spec.zeros),
         ("PERM", spec.perm),
         ("BIAS", spec.bias),
-        *config,
     )
-    return Source(KERNEL, constants)
+    if candidate.variant == "stream":
+        split1, split2 = spec.splits or (spec.n, spec.n)
+        constants += (
+            ("NORM", ("", *NORMS).index(spec.norm)),
+            ("NORM_BIAS", spec.norm_bias),
+            ("ACT", ("", *ACTIVATIONS).index(spec.activation)),
+            ("RESIDUAL", spec.residual),
+            ("SPLIT1", split1),
+            ("SPLIT2", split2),
+        )
+    config = tuple((name, value) for name, value in candidate.config if name not in NOT_COMPILED)
+    return Source(KERNELS[candidate.variant], (*constants, *config))
 
 
-def _make(spec: cost.Spec, device: int) -> Ready | None:
+def _make(spec: cost.Spec, device: int) -> Ready | str:
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
     chosen = cost.choose(spec, card).pick
-    if chosen.variant == "reference":
-        return None
-    binary = compile_kernel(source(spec, chosen.config), card.arch)
-    config = dict(chosen.config)
-    return Plan(binary, "8q", device=device, threads=128 * config["SLICES"]), config["TILE_M"], {}
+    if chosen.variant not in KERNELS:
+        return chosen.variant
+    binary, config = compile_kernel(source(spec, chosen), card.arch), dict(chosen.config)
+    if chosen.variant == "mma":
+        plan = Plan(binary, PARAMETERS["mma"], device=device, threads=128 * config["SLICES"])
+        return Ready(plan, config["TILE_M"], -(-spec.n // 64), False, {})
+    plan = Plan(
+        binary,
+        PARAMETERS["stream"],
+        device=device,
+        threads=32 * config["WARPS_N"] * config["SLICES"],
+        shared_bytes=config["SHARED"],
+        cluster=config["CLUSTER"],
+        overlap=card.capability >= (9, 0),
+    )
+    across = -(-spec.n // (16 * config["WARPS_N"] * config["STRIPS"])) * config["CLUSTER"]
+    return Ready(plan, config["TILE_M"], across, True, {})
 
 
-# The operator takes the packed weight's fields one by one, as torch's schemas know no classes.
+# The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out
+# trailing arguments that are their schema's defaults, hence the same defaults here.
 
 
-def _fields(arguments: tuple[Any, ...]) -> tuple[PackedWeight, Tensor | None, str]:
-    qweight, scales, qzeros, perm, bias, in_features, out_features, group_size, variant = arguments
-    return PackedWeight(qweight, scales, qzeros, perm, in_features, out_features, group_size), bias, variant
-
-
-def _cpu(x: Tensor, *arguments: Any) -> Tensor:
-    weight, bias, variant = _fields(arguments)
-    check(x, weight, bias)
+def cpu(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    variant: str,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_kind: str = "",
+    activation: str = "",
+    split1: int = 0,
+    split2: int = 0,
+    words: Words = WORDS,
+) -> Tensor:
+    """What runs on a CPU: the checks, then the reference."""
+    check(x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2, words)
     if variant not in ("auto", "reference"):
-        cost.choose(_spec(x, weight, bias, variant), None)  # raises: unknown, or refused with its reason
-    return _reference(x, weight, bias)
+        spec = _spec(x, weight, bias, variant, residual, norm_bias, norm_kind, activation, split1, split2)
+        cost.choose(spec, None)  # raises: unknown, or refused with its reason
+    return _reference(
+        x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1=split1, split2=split2
+    )
 
 
-def _cuda(x: Tensor, *arguments: Any) -> Tensor:
-    return _launch(x, *_fields(arguments))
+def cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str, *around: Any) -> Tensor:
+    """What runs on CUDA; arguments as :func:`cpu`."""
+    return _launch(x, weight, bias, variant, *around)
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    weight, bias, _ = _fields(arguments)
-    check(x, weight, bias)
-    return x.new_empty((*x.shape[:-1], weight.out_features))
+def fake(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    variant: str,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_kind: str = "",
+    activation: str = "",
+    split1: int = 0,
+    split2: int = 0,
+) -> Tensor:
+    """Shape and dtype for tracing; arguments as :func:`cpu`."""
+    check(x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2)
+    return x.new_empty(result_shape(x.shape[:-1], weight.out_features, activation, split1, split2))
+
+
+def _from_fields(run: Any) -> Any:
+    def implementation(
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        qzeros: Tensor | None,
+        perm: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        variant: str,
+        *around: Any,
+    ) -> Tensor:
+        weight = PackedWeight(qweight, scales, qzeros, perm, in_features, out_features, group_size)
+        return run(x, weight, bias, variant, *around)
+
+    return implementation
 
 
 _w4a16 = register(
     "w4a16(Tensor x, Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? perm, Tensor? bias, "
-    "int in_features, int out_features, int group_size, str variant) -> Tensor",
-    cpu=_cpu,
-    cuda=_cuda,
-    fake=_fake,
+    "int in_features, int out_features, int group_size, str variant, Tensor? residual=None, Tensor? norm_weight=None, "
+    "Tensor? norm_bias=None, float eps=1e-5, str norm_kind='', str activation='', int split1=0, int split2=0) "
+    "-> Tensor",
+    cpu=_from_fields(cpu),
+    cuda=_from_fields(cuda),
+    fake=_from_fields(fake),
 )
 
 
-def w4a16_linear(x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, variant: str = "auto") -> Tensor:
-    """4-bit linear layer: ``y = x @ W (+ bias)``.
+def run(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    variant: str,
+    residual: Tensor | None,
+    norm: Norm | None,
+    activation: str,
+    split1: int,
+    split2: int,
+    words: Words,
+) -> Tensor:
+    """The quickest correct way to the operator, with what goes around the product."""
+    if not isinstance(weight, PackedWeight):
+        remedy = "Pack with PackedWeight.from_quantized."
+        raise wrong_type(words.function, "weight", "a nybble.PackedWeight", type(weight).__name__, remedy)
+    if norm is None:
+        norm_weight, norm_bias, eps, kind = None, None, 1e-5, ""
+    elif isinstance(norm, Norm):
+        norm_weight, norm_bias, eps, kind = norm
+        if not kind:
+            raise wrong_value(words.function, words.norm_kind, f"one of {list(NORMS)}", repr(kind))
+    else:
+        raise wrong_type(words.function, "norm", "a nybble.Norm or None", type(norm).__name__)
+    if eager((x, bias, residual, norm_weight, norm_bias)):
+        return _launch(
+            x, weight, bias, variant, residual, norm_weight, norm_bias, eps, kind, activation, split1, split2, words
+        )  # fmt: skip
+    return _w4a16(
+        x, *weight.tensors, bias, weight.in_features, weight.out_features, weight.group_size, variant,
+        residual, norm_weight, norm_bias, eps, kind, activation, split1, split2,
+    )  # fmt: skip
+
+
+def w4a16_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    *,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    variant: str = "auto",
+) -> Tensor:
+    """4-bit linear layer: ``y = activation(norm(x) @ W + bias) + residual``, each part but the product optional.
 
     ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])`` with ``g = k // group_size``, or ``g_idx[k]`` with act-order.
 
@@ -195,22 +517,22 @@ def w4a16_linear(x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None,
         x: ``[..., K]``, float16 or bfloat16 (float32 runs the reference). Any leading shape, zero rows included.
         weight: a packed ``[K, N]`` weight on the device of ``x``; K and N multiples of 8, any group size.
         bias: ``[N]``, the dtype of ``x``.
-        variant: ``"auto"`` (the cost model's pick), ``"mma"`` or ``"reference"``.
+        norm: a :class:`nybble.Norm` of ``x`` over K, its tensors ``[K]`` in the dtype of ``x``.
+        activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of
+            the N output features is the gate and the second half is up.
+        residual: the shape of the result, the dtype of ``x``; added last.
+        variant: ``"auto"`` (the cost model's pick), ``"mma"`` or ``"reference"``; ``"composed"``, one kernel after the
+            other, where there is anything around the product.
 
     Returns:
-        ``[..., N]``, contiguous, the dtype of ``x``.
+        ``[..., N]``, or ``[..., N / 2]`` with silu_mul; contiguous, the dtype of ``x``.
 
     Raises:
         TypeError: a dtype. ValueError: a shape, device or value. UnsupportedError: the variant can't run here.
 
     Numerics: the weight is never rounded: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the
-        fp32 sum of a group, and the result is rounded once. Deterministic. NaN and Inf in a row of ``x`` reach that
-        row of ``y`` only.
+        fp32 sum of a group. A norm has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads
+        it. Bias, activation and residual are fp32, and the result is rounded once; composed, after each kernel.
+        Deterministic. NaN and Inf in a row of ``x`` reach that row of ``y`` only.
     """
-    if not isinstance(weight, PackedWeight):
-        raise wrong_type(
-            FUNCTION, "weight", "a nybble.PackedWeight", type(weight).__name__, "Pack with PackedWeight.from_quantized."
-        )
-    if eager((x, bias)):
-        return _launch(x, weight, bias, variant)
-    return _w4a16(x, *weight.tensors, bias, weight.in_features, weight.out_features, weight.group_size, variant)
+    return run(x, weight, bias, variant, residual, norm, "" if activation is None else activation, 0, 0, WORDS)

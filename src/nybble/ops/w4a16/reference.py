@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.formats.tiles import unpack_scales, unpack_values, unpack_zeros
+from nybble.ops.norm.reference import norm
 
 
 def dequantize(
@@ -46,19 +48,49 @@ def linear(
     in_features: int,
     out_features: int,
     group_size: int,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_kind: str = "",
+    activation: str = "",
 ) -> Tensor:
-    """``x @ W (+ bias)`` in float32, rounded once to the dtype of ``x``.
+    """``activation(norm(x) @ W + bias) + residual`` in float32, rounded once to the dtype of ``x``.
+
+    The norm's result is rounded to the dtype of ``x`` before the product, as the tensor cores read it.
 
     Args:
         x: ``[..., K]``. The rest as :class:`nybble.PackedWeight` holds them; bias ``[N]`` or ``None``.
+        residual: ``[..., N]`` (half of N with silu_mul) or ``None``.
+        norm_weight, norm_bias, eps, norm_kind: of the norm; ``norm_kind`` is ``""`` for none.
+        activation: ``""`` for none.
 
     Returns:
-        ``[..., N]``.
+        ``[..., N]``, or half of N with silu_mul.
     """
+    if norm_weight is not None:
+        (x, _) = norm([x], [(norm_weight, norm_bias)], None, eps, rms=norm_kind == "rmsnorm")
     weight = dequantize(qweight, scales, qzeros, in_features, out_features, group_size)
     if perm is not None:
         x = x.index_select(-1, perm)
     y = x.float() @ weight
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype)
+    return epilogue(y, activation, None if residual is None else residual.float()).to(x.dtype)
+
+
+def epilogue(y: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """``activation(y) + residual`` in the dtype of ``y``, with PyTorch's functions."""
+    if activation == "gelu":
+        y = F.gelu(y)
+    elif activation == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    elif activation == "silu_mul":
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def planes(y: Tensor, splits: tuple[int, int]) -> Tensor:
+    """The columns of ``y [..., N]`` before, between and after ``splits``: contiguous, one behind the other, flat."""
+    return torch.cat([part.reshape(-1) for part in y.tensor_split(splits, -1)])
