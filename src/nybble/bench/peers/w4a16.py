@@ -20,6 +20,8 @@ from nybble.ops.case import Case
 
 
 def _parts(inputs: Any) -> tuple[torch.Tensor, QuantizedWeight, torch.Tensor | None]:
+    if inputs.norm is not None or inputs.activation or inputs.residual is not None:
+        raise Inapplicable("the product and a bias only: no norm, activation or residual")
     x = inputs.x.reshape(-1, inputs.x.shape[-1])
     return x, inputs.quantized, inputs.bias
 

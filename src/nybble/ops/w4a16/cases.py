@@ -8,16 +8,22 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.formats.grouped import GROUP_SIZES, QuantizedWeight
 from nybble.formats.tiles import PackedWeight
 from nybble.ops.case import ROUNDING, Case, Tensors, take
+from nybble.ops.norm.cases import TINY
 from nybble.ops.w4a16 import cost, op
 from nybble.runtime.choice import Choice
 from nybble.runtime.errors import wrong_value
 from nybble.runtime.hardware import H200, Hardware
 from nybble.runtime.source import Source
+
+EPS = 1e-5
+LIPSCHITZ = 1.13
+"""No activation grows faster: the steepest point of gelu, 1.129; silu's is 1.100."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,9 @@ class Inputs:
     weight: PackedWeight
     bias: Tensor | None
     quantized: QuantizedWeight
+    norm: op.Norm | None = None
+    activation: str = ""
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,9 @@ class W4A16Case(Case):
     act_order: bool = False
     bias: bool = False
     scale_dtype: torch.dtype | None = None
+    norm: str = ""
+    activation: str = ""
+    residual: bool = False
     op: ClassVar[str] = "w4a16"
     function: str = field(default="w4a16_linear", init=False)
 
@@ -72,53 +84,147 @@ class W4A16Case(Case):
         quantized = self.quantized(device, seed)
         draw = torch.Generator(device).manual_seed(seed + 1)
         x = torch.randn(self.m, self.k, generator=draw, device=device).to(self.dtype)
-        bias = torch.randn(self.n, generator=draw, device=device).to(self.dtype) if self.bias else None
-        return Inputs(x, PackedWeight.from_quantized(quantized), bias, quantized)
+
+        def vector(length: int, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
+            return (mean + deviation * torch.randn(length, generator=draw, device=device)).to(self.dtype)
+
+        bias = vector(self.n) if self.bias else None
+        norm = None
+        if self.norm:
+            shift = vector(self.k, deviation=0.1) if self.norm == "layernorm" else None
+            norm = op.Norm(vector(self.k, 1.0, 0.1), shift, EPS, self.norm)
+        residual = vector(self.m * self.n_out).view(self.m, self.n_out) if self.residual else None
+        weight = PackedWeight.from_quantized(quantized)
+        return Inputs(x, weight, bias, quantized, norm, self.activation, residual)
+
+    @property
+    def n_out(self) -> int:
+        """Features of the result."""
+        return self.n // 2 if self.activation == "silu_mul" else self.n
 
     def bind(self, inputs: Inputs, variant: str = "auto") -> Callable[[], Any]:
-        return partial(op.w4a16_linear, inputs.x, inputs.weight, bias=inputs.bias, variant=variant)
+        return partial(
+            op.w4a16_linear,
+            inputs.x,
+            inputs.weight,
+            bias=inputs.bias,
+            norm=inputs.norm,
+            activation=inputs.activation or None,
+            residual=inputs.residual,
+            variant=variant,
+        )
 
     def run(self, inputs: Inputs, variant: str = "auto") -> Tensors:
         return (self.bind(inputs, variant)(),)
 
     def truth(self, inputs: Inputs) -> Tensors:
         """From the quantised weight's own meaning, which knows nothing of tiles."""
-        y = inputs.x.double() @ inputs.quantized.dequantize(torch.float64)
-        return (y if inputs.bias is None else y + inputs.bias.double(),)
+        y = _activate(_product(inputs, _normed(inputs)), self.activation)
+        return (y if inputs.residual is None else y + inputs.residual.double(),)
 
     def tolerance(self, inputs: Inputs, truth: Tensors) -> Tensors:
-        """One rounding of the result and the worst case of fp32 sums: a chain of K / 64 chunks, and within a chunk the
-        tensor core's, each step within 2^-23 of the sum of magnitudes."""
-        magnitude = inputs.x.double().abs() @ inputs.quantized.dequantize(torch.float64).abs()
-        steps = self.k / 64 + 16
-        return (ROUNDING[self.dtype] * truth[0].abs() + steps * 2.0**-24 * magnitude + 2.0**-25,)
+        """That of the composition, which rounds after every kernel: the one in which every variant must stay."""
+        return (self.bound(inputs, truth[0], composed=True),)
+
+    def bound(self, inputs: Inputs, truth: Tensor, *, composed: bool) -> Tensor:
+        """The absolute error each element may have, followed through the steps.
+
+        The norm: one rounding of what the product reads, and fp32's part, 1e-6 of the row's largest value, both times
+        the weight's magnitudes. The product: the worst case of fp32 sums, a chain of K / 64 chunks, and within a chunk
+        the tensor core's, each step within 2^-23 of the sum of magnitudes. The activation: the product's error times
+        :data:`LIPSCHITZ`, and 2^-21 of its argument for fp32's exp, erf and tanh. At the end one rounding.
+        ``composed`` adds a rounding of the product and one of the activation.
+        """
+        unit, tiny = ROUNDING[self.dtype], TINY[self.dtype]
+        magnitude = inputs.quantized.dequantize(torch.float64).abs()
+        x = _normed(inputs).abs()
+        error = 0.0
+        if inputs.norm is not None:
+            off = unit * x + 1e-6 * x.amax(-1, keepdim=True) + tiny if x.numel() else x
+            error, x = off @ magnitude, x + off
+        error = error + (self.k / 64 + 16) * 2.0**-24 * (x @ magnitude)
+        if not self.activation and inputs.residual is None:
+            return unit * truth.abs() + error + 2.0**-25
+        rounded = unit if composed else 0.0
+        product = _product(inputs, _normed(inputs))
+        error = error + rounded * product.abs() + composed * tiny
+        value = product
+        if self.activation:
+            value = _activate(product, self.activation)
+            steep = LIPSCHITZ * error + 2.0**-21 * product.abs()
+            if self.activation == "silu_mul":
+                gate, up = product.chunk(2, -1)
+                of_gate, of_up = steep[..., : self.n_out], error[..., self.n_out :]
+                of_gate = of_gate + rounded * F.silu(gate).abs() + composed * tiny
+                steep = of_gate * (up.abs() + of_up) + F.silu(gate).abs() * of_up
+            error = steep
+        if inputs.residual is not None:
+            error = error + rounded * value.abs() + composed * tiny
+        return unit * truth.abs() + error * (1 + unit) + 2.0**-25
 
     def spec(self, variant: str = "auto") -> cost.Spec:
         m = 1 << max(0, self.m - 1).bit_length()
         size = self.k if self.group_size == -1 else self.group_size
         scale_dtype = self.scale_dtype or self.dtype
         return cost.Spec(
-            m, self.n, self.k, size, self.dtype, scale_dtype, not self.symmetric, self.act_order, self.bias, variant
-        )
+            m, self.n, self.k, size, self.dtype, scale_dtype, not self.symmetric, self.act_order, self.bias, variant,
+            self.norm, self.activation, self.residual, self.norm == "layernorm",
+        )  # fmt: skip
 
     def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
         return cost.choose(self.spec(variant), hardware)
 
     def sources(self, hardware: Hardware) -> list[Source]:
+        """Of every variant that can run it; a composition's are those of its product."""
         spec = self.spec()
-        return [op.source(spec, c.config) for c in cost.candidates(spec, hardware) if c.config and not c.refused]
+        able = [c for c in cost.candidates(spec, hardware) if not c.refused]
+        if any(c.variant == "composed" for c in able):
+            plain = spec._replace(norm="", activation="", residual=False, norm_bias=False, splits=())
+            return [op.source(spec, c) for c in able if c.variant in op.KERNELS] + [
+                op.source(plain, c) for c in cost.candidates(plain, hardware) if c.variant in op.KERNELS
+            ]
+        return [op.source(spec, c) for c in able if c.variant in op.KERNELS]
 
     @property
     def bytes(self) -> int:
         groups = 1 if self.group_size == -1 else -(-self.k // self.group_size)
         scales = groups * self.n * (self.scale_dtype or self.dtype).itemsize
         zeros = 0 if self.symmetric else groups * self.n // 2
-        activations = (self.m * self.k + self.m * self.n + self.n * self.bias) * self.dtype.itemsize
+        vectors = self.n * self.bias + self.k * {"": 0, "layernorm": 2, "rmsnorm": 1}[self.norm]
+        activations = (self.m * (self.k + self.n_out * (1 + self.residual)) + vectors) * self.dtype.itemsize
         return self.n * self.k // 2 + scales + zeros + activations + 4 * self.k * self.act_order
 
     @property
     def flops(self) -> int:
         return 2 * self.m * self.n * self.k
+
+
+def _normed(inputs: Inputs) -> Tensor:
+    """float64 ``[..., K]``: what the product multiplies, unrounded."""
+    x, norm = inputs.x.double(), inputs.norm
+    if norm is None:
+        return x
+    if norm.kind == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], norm.weight.double(), norm.eps)
+    bias = None if norm.bias is None else norm.bias.double()
+    return F.layer_norm(x, x.shape[-1:], norm.weight.double(), bias, norm.eps)
+
+
+def _product(inputs: Inputs, x: Tensor) -> Tensor:
+    y = x @ inputs.quantized.dequantize(torch.float64)
+    return y if inputs.bias is None else y + inputs.bias.double()
+
+
+def _activate(y: Tensor, activation: str) -> Tensor:
+    """From the functions' definitions, in float64."""
+    if activation == "gelu":
+        return 0.5 * y * (1 + torch.erf(y / 2**0.5))
+    if activation == "gelu_tanh":
+        return 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    if activation == "silu_mul":
+        gate, up = y.chunk(2, -1)
+        return gate * torch.sigmoid(gate) * up
+    return y
 
 
 _POINTS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
@@ -149,6 +255,20 @@ GATE: tuple[W4A16Case, ...] = (
     *(W4A16Case(m, n, k) for m in (1, 64) for n, k in ((12288, 4096), (28672, 8192), (256, 1024), (72, 200))),
     W4A16Case(1, 4096, 4096, 128, torch.bfloat16, scale_dtype=torch.float16),
     W4A16Case(16, 8200, 8256, 64, torch.bfloat16, symmetric=False),
+    *(replace(_PLAIN, m=m, norm=norm, activation=a) for m in (1, 16) for norm in op.NORMS for a in ("", "silu_mul")),
+    *(replace(_PLAIN, m=m, activation=a, residual=True) for m in (1, 16) for a in ("", "gelu", "gelu_tanh")),
+    replace(
+        _PLAIN,
+        m=16,
+        group_size=32,
+        dtype=torch.bfloat16,
+        symmetric=False,
+        act_order=True,
+        bias=True,
+        norm="layernorm",
+        activation="silu_mul",
+        residual=True,
+    ),
 )
 """What the compile gate builds: every tile, dtype and option, and shapes off the tile."""
 
