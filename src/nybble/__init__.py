@@ -22,6 +22,10 @@ _HOME = {
     "add_rmsnorm": "nybble.ops.norm.op",
     "add_dual_layernorm": "nybble.ops.norm.op",
     "w4a16_linear": "nybble.ops.w4a16.op",
+    "fused_ln_qkv_gptq": "nybble.ops.ln_qkv.op",
+    "ln_qkv": "nybble.ops.ln_qkv.op",
+    "release_packed": "nybble.ops.ln_qkv.op",
+    "Norm": "nybble.ops.w4a16.op",
     "QuantizedWeight": "nybble.formats.grouped",
     "PackedWeight": "nybble.formats.tiles",
 }
@@ -37,6 +41,10 @@ __all__ = [  # noqa: RUF022 - in the order of the documentation
     "add_rmsnorm",
     "add_dual_layernorm",
     "w4a16_linear",
+    "fused_ln_qkv_gptq",
+    "ln_qkv",
+    "release_packed",
+    "Norm",
     "QuantizedWeight",
     "PackedWeight",
     "__version__",
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
     from nybble.formats.tiles import PackedWeight
     from nybble.models.load import load
     from nybble.models.patch import Report, fuse
+    from nybble.ops.ln_qkv.op import fused_ln_qkv_gptq, ln_qkv, release_packed
     from nybble.ops.norm.op import (
         add_dual_layernorm,
         add_layernorm,
@@ -55,7 +64,7 @@ if TYPE_CHECKING:
         layernorm_residual,
         rmsnorm,
     )
-    from nybble.ops.w4a16.op import w4a16_linear
+    from nybble.ops.w4a16.op import Norm, w4a16_linear
 
 
 def __getattr__(name: str) -> Any:

@@ -96,7 +96,8 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """No garbage collection inside: it would be timed."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -141,7 +142,7 @@ def _time_cpu(calls: Sequence[Call], *, rounds: int) -> list[Timing | str]:
             call.function(*call.arguments)
         return (time.perf_counter() - start) * 1e6 / count
 
-    with _no_collection():
+    with no_collection():
         counts = [max(1, math.ceil(CPU_BATCH_US / max(1e-3, min(batch(call, 1) for _ in range(3))))) for call in calls]
         samples: list[list[float]] = [[] for _ in calls]
         for _ in range(rounds):
@@ -172,7 +173,7 @@ class _Prepared:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for arguments in self.copies[:3]:
+            for arguments in self.copies:  # all: the first call with a weight may differ from the ones that follow
                 self.call.function(*arguments)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
@@ -210,7 +211,7 @@ class _Prepared:
 def _time_cuda(
     calls: Sequence[Call], turns: Rotation, *, device: torch.device, l2_bytes: int, rounds: int
 ) -> list[Timing | str]:
-    with torch.cuda.device(device), torch.inference_mode(), _no_collection():
+    with torch.cuda.device(device), torch.inference_mode(), no_collection():
         prepared: list[_Prepared | str] = []
         for call in calls:
             try:

@@ -110,6 +110,12 @@ def run(
     plot: bool = typer.Option(False, "--plot", help="Draw the rows just measured: <op>.svg in this folder."),
     plot_to: Path | None = PLOT_TO,
     commit: str = typer.Option("", help="The commit to stamp rows with, where git can't tell."),
+    target_ms: float | None = typer.Option(
+        None, "--target-ms", min=0.0, help="Then time calls one by one, and say whether their P99 is within this."
+    ),
+    runs: int | None = typer.Option(
+        None, "--runs", min=1000, help="Calls timed one by one; 1000, on a CPU with --quick 100."
+    ),
     device: str = DEVICE,
     json: bool = JSON,
 ) -> None:
@@ -118,10 +124,16 @@ def run(
     On a GPU: device time by CUDA-graph replay with inputs cold in the L2 cache, the median over rounds, providers
     interleaved. On a CPU: wall time of the small cases. A wrong result is reported and never timed; the exit code is
     then 1.
+
+    With --target-ms or --runs each case's table is followed by the latency of single calls of Nybble's pick: percentiles,
+    and whether P99 meets the target. A target that is missed leaves the exit code as it is.
     """
-    from nybble.bench import report
+    from nybble.bench import latency, report
 
     where = device_of(device)
+    alone = target_ms is not None or runs is not None
+    if runs is None:
+        runs = latency.QUICK_RUNS if quick and where.type == "cpu" else latency.RUNS
     hardware, ceilings = _ceilings(where)
     chosen = select(ops or [], gpu=hardware is not None and not small, words=filter)
     pictures = _pictures([op for op, some in chosen.items() if some], plot_to) if plot or plot_to else {}
@@ -136,6 +148,7 @@ def run(
     saved: list[str] = []
     drawn: list[str] = []
     failed: list[str] = []
+    latencies: list[latency.Latency] = []
     slug = hardware.slug if hardware is not None else "cpu"
     for op, some in chosen.items():
         rows = []
@@ -144,6 +157,12 @@ def run(
             rows += [report.row(m, at) for m in measurements if m.timing is not None]
             if not json and measurements:
                 out.print(report.table(measurements), "")
+            if alone and measurements:
+                latencies.append(latency.measure(measurements[0].case, device=where, runs=runs, target_ms=target_ms))
+                if not json:
+                    out.print(
+                        *latency.lines(latencies[-1]), "", sep="\n", markup=False, highlight=False, soft_wrap=True
+                    )
         if save and rows:
             path = results / slug / f"{op}.jsonl"
             damaged = report.append(path, rows)
@@ -160,6 +179,7 @@ def run(
                 "ceilings": None if ceilings is None else ceilings._asdict(),
                 "rows": [report.row(m, at) for m in measured if m.timing is not None],
                 "wrong": wrong,
+                "latency": [one._asdict() for one in latencies],
                 "notes": list(notes),
                 "saved": saved,
                 "plots": drawn,
@@ -299,10 +319,12 @@ def plot_saved(
 @app.command("explain")
 def explain(
     op: str = typer.Argument(..., help="The operation."),
-    m: int | None = typer.Option(None, "--m", min=0, help="w4a16: rows (tokens)."),
-    n: int | None = typer.Option(None, "--n", min=1, help="w4a16: output features."),
-    k: int | None = typer.Option(None, "--k", min=1, help="w4a16: input features."),
-    group_size: int | None = typer.Option(None, "--group-size", help="w4a16: 16, 32, 64, 128, 256, or -1 for K."),
+    m: int | None = typer.Option(None, "--m", min=0, help="w4a16, ln_qkv: rows (tokens)."),
+    n: int | None = typer.Option(None, "--n", min=1, help="w4a16, ln_qkv: output features."),
+    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv: input features."),
+    group_size: int | None = typer.Option(
+        None, "--group-size", help="w4a16, ln_qkv: 16, 32, 64, 128, 256, or -1 for K."
+    ),
     rows: int | None = typer.Option(None, "--rows", min=0, help="norm: rows (tokens)."),
     hidden: int | None = typer.Option(None, "--hidden", min=1, help="norm: hidden size."),
     function: str = typer.Option("", "--function", help="Which function of the operation, such as add_rmsnorm."),

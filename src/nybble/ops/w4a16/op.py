@@ -63,6 +63,14 @@ class Words(NamedTuple):
 WORDS = Words()
 
 
+class Unpacked(NamedTuple):
+    """What :func:`check` looks at in a weight, for one that is not packed yet."""
+
+    in_features: int
+    out_features: int
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 class Ready(NamedTuple):
     """A plan and what its launches need besides.
 
@@ -87,7 +95,7 @@ _PLANS: dict[tuple[Any, ...], Ready | str] = {}
 
 def check(
     x: Tensor,
-    weight: PackedWeight,
+    weight: PackedWeight | Unpacked,
     bias: Tensor | None,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
