@@ -125,8 +125,8 @@ def run(
     interleaved. On a CPU: wall time of the small cases. A wrong result is reported and never timed; the exit code is
     then 1.
 
-    With --target-ms or --runs each case's table is followed by the latency of single calls of Nybble's pick: percentiles,
-    and whether P99 meets the target. A target that is missed leaves the exit code as it is.
+    With --target-ms or --runs each case's table is followed by the latency of single calls of Nybble's pick:
+    percentiles, and whether P99 meets the target. A target that is missed leaves the exit code as it is.
     """
     from nybble.bench import latency, report
 
@@ -157,12 +157,11 @@ def run(
             rows += [report.row(m, at) for m in measurements if m.timing is not None]
             if not json and measurements:
                 out.print(report.table(measurements), "")
-            if alone and measurements:
+            if alone and any(m.picked and m.timing is not None for m in measurements):
                 latencies.append(latency.measure(measurements[0].case, device=where, runs=runs, target_ms=target_ms))
                 if not json:
-                    out.print(
-                        *latency.lines(latencies[-1]), "", sep="\n", markup=False, highlight=False, soft_wrap=True
-                    )
+                    text = "\n".join(latency.lines(latencies[-1]))
+                    out.print(text, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
         if save and rows:
             path = results / slug / f"{op}.jsonl"
             damaged = report.append(path, rows)

@@ -47,6 +47,6 @@ def _pair(case: Case, inputs: Any) -> Call:
 
 
 PEERS = (
-    Peer("torch", "norm+cublas", "torch", _dense),
+    Peer("torch", "norm+linear", "torch", _dense),
     Peer("nybble-pair", "norm+w4a16", "nybble", _pair),
 )

@@ -217,24 +217,20 @@ def _cuda(
 ) -> Tensor:
     """The warm path: one look whether the weight is still the packed one; the linear looks at the rest."""
     held = _PACKED.get((id(qweight), id(qzeros), id(scales), id(g_idx), group_size, checkpoint_format))
-    warm, split1, split2 = (
-        kind != "" and held is not None and held.state == _state(qweight, qzeros, scales, g_idx),
-        0,
-        0,
-    )
-    if held is not None and warm:
+    if held is not None and kind and held.state == _state(qweight, qzeros, scales, g_idx):
         weight = held.weight
         n, width = weight.out_features, weight.in_features if kv_features is None else kv_features
         split1, split2 = n - 2 * width, n - width
-        warm = split1 == width if kv_features is None else isinstance(width, int) and split1 > 0 < width
-    else:
-        weight = None
-    if weight is None or not warm:
-        split1, split2 = _check(
-            input, qweight, qzeros, scales, ln_weight, ln_bias, g_idx, bias, group_size, eps, kind, kv_features,
-            checkpoint_format,
-        )  # fmt: skip
-        weight = packed(qweight, qzeros, scales, g_idx, group_size, checkpoint_format)
+        warm = split1 == width if kv_features is None else split1 > 0 < width
+        if warm:
+            return linear.cuda(
+                input, weight, bias, variant, None, ln_weight, ln_bias, eps, kind, "", split1, split2, _WORDS
+            )  # fmt: skip
+    split1, split2 = _check(
+        input, qweight, qzeros, scales, ln_weight, ln_bias, g_idx, bias, group_size, eps, kind, kv_features,
+        checkpoint_format,
+    )  # fmt: skip
+    weight = packed(qweight, qzeros, scales, g_idx, group_size, checkpoint_format)
     return linear.cuda(
         input, weight, bias, variant, None, ln_weight, ln_bias, eps, kind, "", split1, split2, _WORDS
     )  # fmt: skip
