@@ -342,6 +342,40 @@ def test_bench_run_with_a_wrong_result_says_so_and_exits_1(monkeypatch):
     assert len(facts["wrong"]) == 1
 
 
+QKV = ("bench", "run", "ln_qkv", "--quick", "--device", "cpu", "--no-peers")
+
+
+def test_bench_run_reports_the_latency_of_single_calls():
+    output = run(*QKV, "--target-ms", 1e6).stdout
+    assert output.count("fused_ln_qkv_gptq m=4 n=768") == 2
+    for word in ("100 calls one by one (wall)", "mean", "min", "max", "std", "P50", "P90", "P95", "P99"):
+        assert word in output
+    assert "output [3, 1, 4, 256], all finite, relative error" in output
+    assert "output [1, 4, 256], [1, 4, 64], [1, 4, 64], all finite" in output
+    assert output.count("target 1e+06 ms holds: P99 is") == 2
+    assert "latency" not in run(*QKV).stdout
+
+
+def test_a_missed_target_is_said_and_no_failure():
+    output = run(*QKV, "--target-ms", 1e-6).stdout
+    assert output.count("target 1e-06 ms MISSED: P99 is") == 2
+
+
+def test_latency_as_json():
+    facts = run_json(*QKV, "--target-ms", 1e6, "--runs", 1001, "--filter", "n=768")
+    (one,) = facts["latency"]
+    assert (one["runs"], one["how"], one["holds"], one["target_ms"]) == (1001, "wall", True, 1e6)
+    assert one["min"] <= one["p50"] <= one["p90"] <= one["p95"] <= one["p99"] <= one["max"]
+    assert one["min"] <= one["mean"] <= one["max"]
+    assert one["shapes"] == [[3, 1, 4, 256]]
+    assert one["finite"]
+    assert 0 < one["rel_err"] < 1e-6
+    assert run_json(*QKV, "--filter", "n=768")["latency"] == []
+    (untargeted,) = run_json(*QKV[:3], *QKV[4:], "--runs", 1000, "--filter", "n=768")["latency"]
+    assert (untargeted["holds"], untargeted["target_ms"]) == (None, None)
+    assert "--runs" in mistake(*QKV, "--runs", 10)
+
+
 RMSNORM = ("bench", "run", "norm", "--quick", "--device", "cpu", "--filter", "rmsnorm")
 
 
@@ -377,7 +411,7 @@ def test_pictures_that_cannot_be_are_refused_before_anything_is_measured(monkeyp
     line = mistake(*RMSNORM, "--plot-to", tmp_path / "norm.pdf")
     assert line == "nybble: plot: path: expected a name that ends in .svg or .png, got 'norm.pdf'"
     several = mistake("bench", "run", "--device", "cpu", "--plot-to", tmp_path / "all.svg")
-    assert several.endswith("one picture shows one operation, not norm, w4a16; name one OP, or use --plot")
+    assert several.endswith("one picture shows one operation, not norm, w4a16, ln_qkv; name one OP, or use --plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in mistake(*RMSNORM, "--plot", code=1)
@@ -431,8 +465,8 @@ def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
 
 def test_mistakes_of_bench_plot(results, tmp_path):
     options = ("--results", results, "--to", tmp_path / "pictures")
-    assert "there are norm, w4a16" in mistake("bench", "plot", "conv", *options)
-    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16")
+    assert "there are norm, w4a16, ln_qkv" in mistake("bench", "plot", "conv", *options)
+    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16, ln_qkv")
     assert mistake("bench", "plot", "w4a16", *options, "--gpu", "fake").endswith("w4a16.jsonl: no such file or folder")
     assert "--dtype" in mistake("bench", "plot", *options, "--gpu", "fake", "--dtype", "int8")
     line = mistake("bench", "plot", *options, "--gpu", "fake")
@@ -466,8 +500,8 @@ def test_bench_explain_shows_refusals_with_their_reasons():
 
 
 def test_mistakes_of_bench():
-    assert "there are norm, w4a16" in mistake("bench", "run", "conv")
-    assert "there are norm, w4a16" in mistake("bench", "explain", "conv")
+    assert "there are norm, w4a16, ln_qkv" in mistake("bench", "run", "conv")
+    assert "there are norm, w4a16, ln_qkv" in mistake("bench", "explain", "conv")
     assert "it has rows, hidden" in mistake("bench", "explain", "norm", "--m", 8)
     assert "add_rmsnorm" in mistake("bench", "explain", "norm", "--function", "batchnorm")
     assert "h200, a100, current" in mistake("bench", "explain", "norm", "--hardware", "b200")

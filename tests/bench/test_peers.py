@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from nybble.bench import peers
-from nybble.bench.peers import Inapplicable, norm, w4a16
+from nybble.bench.peers import Inapplicable, ln_qkv, norm, w4a16
 from nybble.bench.run import as_tuple, fault
 from nybble.ops import OPERATIONS
+from nybble.ops.ln_qkv.cases import LnQkvCase
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.w4a16.cases import W4A16Case
 
@@ -77,6 +78,22 @@ def test_compiled_torch_is_left_to_gpus():
 @pytest.mark.parametrize("case", [*W4A16, replace(SYMMETRIC, act_order=True)], ids=str)
 def test_the_dense_product_computes_every_weight(case):
     assert is_right(w4a16._dense, case)
+
+
+@pytest.mark.parametrize("around", [{"norm": "rmsnorm"}, {"activation": "gelu"}, {"residual": True}], ids=str)
+def test_a_plain_product_is_no_peer_of_more(around):
+    case = replace(SYMMETRIC, **around)
+    for peer in w4a16.PEERS[:2]:
+        with pytest.raises(Inapplicable, match="no norm, activation or residual"):
+            peer.build(case, case.make())
+
+
+@pytest.mark.parametrize("peer", ln_qkv.PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("n", [192, 96])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_peer_computes_queries_keys_and_values(peer, n, norm, dtype):
+    assert is_right(peer.build, LnQkvCase(3, n, 64, 32, dtype, symmetric=False, bias=True, norm=norm))
 
 
 @pytest.mark.parametrize("case", W4A16, ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nybble
-from nybble.ops.w4a16 import cost
+from nybble.ops.w4a16 import cost, op
 from nybble.ops.w4a16.cases import W4A16Case
+from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import H200
 
@@ -129,3 +132,316 @@ def test_choice_is_pure_and_says_why() -> None:
     assert "needs float16 or bfloat16 activations, got torch.float32" in [c.reason for c in single.candidates]
     times = [cost.choose(spec._replace(m=m), H200).pick.us or 0.0 for m in (1, 64, 1024, 4096)]
     assert times == sorted(times)
+
+
+# --- what goes around the product ---
+
+AROUND = [
+    {"norm": norm, "activation": activation, "residual": residual}
+    for norm in ("", "layernorm", "rmsnorm")
+    for activation in ("", "gelu", "gelu_tanh", "silu_mul")
+    for residual in (False, True)
+][1:]
+FULL = W4A16Case(
+    5, 128, 512, 64, symmetric=False, act_order=True, bias=True, norm="layernorm", activation="silu_mul", residual=True
+)
+
+
+class OneRounding(W4A16Case):
+    """Held to a single rounding at the end, which a composition of kernels does not keep."""
+
+    def tolerance(self, inputs: Any, truth: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (self.bound(inputs, truth[0], composed=False),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("around", AROUND, ids=str)
+def test_everything_around_the_product_matches_float64(around: dict[str, Any], dtype: torch.dtype) -> None:
+    check_case(OneRounding(5, 128, 512, 64, dtype, symmetric=False, act_order=True, bias=True, **around))
+    check_case(OneRounding(0, 64, 64, 32, dtype, **around))
+
+
+def composed(case: W4A16Case, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The composition, with the reference as its product."""
+    monkeypatch.setattr(op, "_launch", lambda x, weight, bias, variant: op._reference(x, weight, bias))
+    norm = inputs.norm or (None, None, 1e-5, "")
+    return op._composed(inputs.x, inputs.weight, inputs.bias, inputs.residual, *norm, case.activation, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("around", AROUND, ids=str)
+def test_the_composition_is_within_its_own_bound(
+    around: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = W4A16Case(5, 128, 512, 64, dtype, symmetric=False, bias=True, **around)
+    inputs = case.make()
+    (truth,) = case.truth(inputs)
+    off = (composed(case, inputs, monkeypatch).double() - truth).abs()
+    assert (off <= case.bound(inputs, truth, composed=True)).all()
+    if not case.norm:  # the rounding of the norm's result, common to both, covers the rest
+        assert not (off <= case.bound(inputs, truth, composed=False)).all()
+
+
+def test_no_part_can_be_left_out() -> None:
+    inputs = FULL.make()
+    (truth,) = FULL.truth(inputs)
+    norm = inputs.norm
+    assert norm is not None
+    assert norm.bias is not None
+    less = [
+        {"norm": None},
+        {"norm": norm._replace(bias=None)},
+        {"norm": norm._replace(kind="rmsnorm", bias=None)},
+        {"norm": norm._replace(eps=1.0)},
+        {"residual": None},
+        {"bias": None},
+    ]
+    for change in less:
+        wrong = FULL.run(replace(inputs, **change))[0].double()
+        assert not ((wrong - truth).abs() <= FULL.tolerance(inputs, (truth,))[0]).all(), change
+
+
+def test_silu_mul_takes_the_first_half_as_the_gate() -> None:
+    case = W4A16Case(3, 64, 128, 32, torch.float32, activation="silu_mul", bias=True)
+    inputs = case.make()
+    both = inputs.x @ inputs.quantized.dequantize() + inputs.bias
+    want = torch.nn.functional.silu(both[:, :32]) * both[:, 32:]
+    torch.testing.assert_close(case.run(inputs)[0], want)
+
+
+def test_leading_shape_and_strides_around_the_product() -> None:
+    inputs = FULL.make()
+    want = FULL.run(inputs)[0][:4]
+    x, residual = inputs.x[:4].view(2, 2, 512), torch.zeros(2, 2, 128).half()[..., ::2]
+    residual.copy_(inputs.residual[:4].view(2, 2, 64))
+    got = nybble.w4a16_linear(
+        x, inputs.weight, bias=inputs.bias, norm=inputs.norm, activation="silu_mul", residual=residual
+    )
+    assert torch.equal(got, want.view(2, 2, 64))
+    assert got.is_contiguous()
+
+
+def test_bad_input_around_the_product_is_named() -> None:
+    inputs = FULL.make()
+    norm, half = inputs.norm, torch.zeros(512).half()
+    bad: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (TypeError, "norm: expected a nybble.Norm or None, got Tensor", {"norm": half}),
+        (ValueError, r"norm.kind: expected one of \['layernorm', 'rmsnorm'\], got 'batchnorm'",
+         {"norm": norm._replace(kind="batchnorm")}),
+        (ValueError, r"norm.kind: expected one of \['layernorm', 'rmsnorm'\], got ''",
+         {"norm": norm._replace(kind="")}),
+        (ValueError, "norm.bias: expected None with rmsnorm, got a tensor. Only",
+         {"norm": norm._replace(kind="rmsnorm")}),
+        (ValueError, r"norm.weight: expected shape \[in_features\] = \[512\], got \[8\]",
+         {"norm": norm._replace(weight=half[:8])}),
+        (TypeError, "norm.bias: expected torch.float16, the dtype of x, got torch.float32",
+         {"norm": norm._replace(bias=torch.zeros(512))}),
+        (ValueError, "norm.weight: expected device cpu, that of x, got meta",
+         {"norm": norm._replace(weight=half.to("meta"))}),
+        (ValueError, "norm.eps: expected a finite number >= 0, got -1.0", {"norm": norm._replace(eps=-1.0)}),
+        (ValueError, r"activation: expected None or one of \['gelu', 'gelu_tanh', 'silu_mul'\], got 'relu'",
+         {"activation": "relu"}),
+        (ValueError, r"residual: expected shape that of the result = \[5, 64\], got \[5, 128\]",
+         {"residual": torch.zeros(5, 128).half()}),
+        (TypeError, "residual: expected torch.float16, the dtype of x", {"residual": torch.zeros(5, 64)}),
+        (UnsupportedError, "composed: no CUDA device", {"variant": "composed"}),
+    ]  # fmt: skip
+    given: dict[str, Any] = {"norm": norm, "activation": "silu_mul", "residual": inputs.residual}
+    for error, message, change in bad:
+        with pytest.raises(error, match=message):
+            nybble.w4a16_linear(inputs.x, inputs.weight, **{**given, **change})
+    with pytest.raises(ValueError, match=r"variant: expected 'auto' or one of \['mma', 'reference'\], got 'composed'"):
+        nybble.w4a16_linear(inputs.x, inputs.weight, variant="composed")
+    arguments = (inputs.x, *inputs.weight.tensors, None, 512, 128, 64, "auto")
+    for message, around in (
+        ("norm.weight: expected a weight with a kind of norm, got None", (None, None, None, 1e-5, "rmsnorm")),
+        ("norm.weight: expected a kind of norm with its weight, got a weight alone", (None, half, None, 1e-5, "")),
+        ("split1, split2: expected two multiples of 8 that rise, within 128 output features, got \\(64, 60\\)",
+         (None, None, None, 1e-5, "", "", 64, 60)),
+        ("split1, split2: expected 0 with silu_mul or a residual",
+         (None, None, None, 1e-5, "", "silu_mul", 64, 72)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            torch.ops.nybble.w4a16(*arguments, *around)
+
+
+@pytest.mark.parametrize("splits", [(0, 0), (64, 96)])
+def test_opcheck_around_the_product(splits: tuple[int, int]) -> None:
+    inputs = FULL.make()
+    norm = inputs.norm
+    assert norm is not None
+    rest = (None, *norm, "", *splits) if splits[0] else (inputs.residual, *norm, "silu_mul", 0, 0)
+    arguments = (inputs.x, *inputs.weight.tensors, inputs.bias, 512, 128, 64, "auto", *rest)
+    torch.library.opcheck(torch.ops.nybble.w4a16.default, arguments)
+
+
+def test_compiles_whole_with_a_norm_made_inside() -> None:
+    inputs = FULL.make()
+    weight, bias = inputs.norm.weight, inputs.norm.bias
+
+    def step(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        norm = nybble.Norm(weight, bias, 1e-5)
+        return nybble.w4a16_linear(x, inputs.weight, norm=norm, activation="silu_mul", residual=residual) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 5):
+        x, residual = torch.randn(rows, 512).half(), torch.randn(rows, 64).half()
+        torch.testing.assert_close(compiled(x, residual), step(x, residual))
+
+
+def test_a_backward_raises_whatever_needs_the_gradient() -> None:
+    inputs = FULL.make()
+    scale = inputs.norm.weight.clone().requires_grad_()
+    y = nybble.w4a16_linear(inputs.x, inputs.weight, norm=inputs.norm._replace(weight=scale))
+    with pytest.raises(RuntimeError, match="no backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("around", AROUND, ids=str)
+def test_a_plain_kernel_is_refused_with_anything_around_it(around: dict[str, Any]) -> None:
+    choice = cost.choose(W4A16Case(16, 4096, 4096, **around).spec(), H200)
+    why = {c.variant: c.reason for c in choice.candidates if c.refused}
+    assert why["mma"] == "no prologue or epilogue; composed instead"
+    assert not [c for c in choice.candidates if c.refused and c.variant == "composed"]
+    assert choice.pick.variant != "reference"
+    plain = cost.choose(W4A16Case(16, 4096, 4096).spec(), H200).pick.us or 0.0
+    assert min(c.us or 0.0 for c in choice.candidates if c.variant == "composed") > plain
+
+
+# --- the launch, without a GPU: tensors of a CPU and a plan that writes down what it gets ---
+
+NORM = ("norm_weight", "norm_bias", "eps", "norm_kind")
+CONFIG = {"TILE_M": 4, "WARPS_N": 2, "STRIPS": 2, "SLICES": 4, "CLUSTER": 2, "SHARED": 50000}
+STREAM = Candidate("stream", tuple(CONFIG.items()), 1.0, "test")
+
+
+class Recorder:
+    """A plan's stand-in."""
+
+    def __init__(self, binary: Any, parameters: str, **given: Any) -> None:
+        self.source, self.parameters, self.given = binary, parameters, given
+        self.overlap, self.cluster = given.get("overlap", False), given.get("cluster", 1)
+        self.launches: list[tuple[Any, ...]] = []
+        Recorder.made.append(self)
+
+    made: list[Recorder] = []  # noqa: RUF012
+
+    def launch(self, grid: Any, *arguments: Any, alone: bool = False) -> None:
+        assert len(arguments) == {"8q": 8, "11qd": 12}[self.parameters]
+        self.launches.append((grid, arguments, alone))
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    def choose(spec: cost.Spec, hardware: Any) -> Choice:
+        return Choice(STREAM, (STREAM,))
+
+    monkeypatch.setattr(op, "_PLANS", {})
+    monkeypatch.setattr(op.cost, "choose", choose)
+    monkeypatch.setattr(op.hardware, "current", lambda device: H200)
+    monkeypatch.setattr(op, "compile_kernel", lambda source, arch: source)
+    monkeypatch.setattr(op, "Plan", Recorder)
+    Recorder.made = []
+    return Recorder.made
+
+
+def test_a_stream_launch_gets_every_argument_in_its_place(plans: list[Recorder]) -> None:
+    inputs = FULL.make()
+    norm, weight = inputs.norm, inputs.weight
+    y = op._launch(inputs.x, weight, inputs.bias, "auto", inputs.residual, *norm, "silu_mul")
+    (plan,) = plans
+    assert y.shape == (5, 64)
+    ((grid, arguments, alone),) = plan.launches
+    assert grid == (2 * 2, 2, 1)  # 128 features, 64 a block of the cluster of 2; 5 rows, 4 a block
+    tensors = (inputs.x, *weight.tensors, inputs.bias, inputs.residual, norm.weight, norm.bias, y)
+    assert arguments == (*(t.data_ptr() for t in tensors), 5, 1e-5)
+    assert alone
+    assert plan.parameters == "11qd"
+    assert plan.given == {"device": -1, "threads": 256, "shared_bytes": 50000, "cluster": 2, "overlap": True}
+    constants = dict(plan.source.constants)
+    assert plan.source.path.name == "stream.cu"
+    around = ("NORM", "NORM_BIAS", "ACT", "RESIDUAL", "SPLIT1", "SPLIT2")
+    assert [constants[name] for name in around] == [1, True, 3, True, 128, 128]
+    assert "SHARED" not in constants
+    assert {name: constants[name] for name in ("TILE_M", "WARPS_N", "STRIPS", "SLICES", "CLUSTER")} == {
+        name: value for name, value in CONFIG.items() if name != "SHARED"
+    }
+
+
+def test_a_plain_stream_launch_has_nothing_around_it(plans: list[Recorder]) -> None:
+    inputs = SMALL.make()
+    y = op._launch(inputs.x, inputs.weight, None, "auto")
+    (plan,) = plans
+    ((grid, arguments, _),) = plan.launches
+    weight = inputs.weight
+    assert grid == (2 * 2, 1, 1)
+    pointers = (inputs.x, weight.qweight, weight.scales, weight.qzeros)
+    assert arguments == (*(t.data_ptr() for t in pointers), 0, 0, 0, 0, 0, y.data_ptr(), 3, 1e-5)
+    constants = dict(plan.source.constants)
+    around = ("NORM", "NORM_BIAS", "ACT", "RESIDUAL", "SPLIT1", "SPLIT2")
+    assert [constants[name] for name in around] == [0, False, 0, False, 72, 72]
+
+
+def test_planes_have_one_allocation_and_their_own_plan(plans: list[Recorder]) -> None:
+    inputs = W4A16Case(3, 96, 64, 32).make()
+    equal = op._launch(inputs.x, inputs.weight, None, "auto", split1=32, split2=64)
+    flat = op._launch(inputs.x, inputs.weight, None, "auto", split1=64, split2=80)
+    whole = op._launch(inputs.x, inputs.weight, None, "auto")
+    assert (equal.shape, flat.shape, whole.shape) == ((3, 3, 32), (288,), (3, 96))
+    splits = [(dict(p.source.constants)["SPLIT1"], dict(p.source.constants)["SPLIT2"]) for p in plans]
+    assert splits == [(32, 64), (64, 80), (96, 96)]
+
+
+def test_odd_tensors_are_made_plain_or_refused_on_the_warm_path(plans: list[Recorder]) -> None:
+    inputs = FULL.make()
+    norm, weight = inputs.norm, inputs.weight
+
+    given = {"x": inputs.x, "bias": inputs.bias, "residual": inputs.residual, **dict(zip(NORM, norm, strict=True))}
+
+    def launch(**change: Any) -> None:
+        use = {**given, **change}
+        around = (use[name] for name in ("residual", *NORM))
+        op._launch(use["x"], weight, use["bias"], "auto", *around, "silu_mul")
+
+    def spaced(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack((tensor, tensor), -1)[..., 0]
+
+    launch()
+    (plan,) = plans
+    straight = {t.data_ptr() for t in given.values() if isinstance(t, torch.Tensor)}
+    for name, at in (("x", 0), ("bias", 5), ("residual", 6), ("norm_weight", 7), ("norm_bias", 8)):
+        odd = spaced(given[name])
+        launch(**{name: odd})
+        assert plan.launches[-1][1][at] not in {odd.data_ptr(), *straight}
+        with pytest.raises(ValueError, match="expected shape"):
+            launch(**{name: given[name][..., :8]})
+        if name != "x":  # of another dtype it is another request
+            with pytest.raises(TypeError, match=f"{name.replace('norm_', 'norm.')}: expected torch.float16"):
+                launch(**{name: given[name].double()})
+    with pytest.raises(ValueError, match="eps"):
+        launch(eps=float("nan"))
+    with pytest.raises(ValueError, match="residual: expected shape"):
+        launch(residual=inputs.residual[:4])
+    with pytest.raises(ValueError, match=r"x: expected shape \[..., in_features\]"):
+        launch(x=torch.zeros((), dtype=torch.float16))
+    assert len(plans) == 1
+
+
+def test_a_weight_waits_once_and_after_every_change(plans: list[Recorder]) -> None:
+    inputs = SMALL.make()
+    weight = inputs.weight
+
+    def alone(of: Any) -> bool:
+        op._launch(inputs.x, of, None, "auto")
+        return plans[-1].launches[-1][2]
+
+    assert [alone(weight) for _ in range(3)] == [True, False, False]
+    for tensor in (weight.qweight, weight.scales, weight.qzeros):
+        tensor.copy_(tensor.clone())
+        assert [alone(weight) for _ in range(2)] == [True, False]
+    for other in (copy.deepcopy(weight), copy.copy(weight), replace(weight)):  # the tensors of a copy are new
+        assert [alone(other) for _ in range(2)] == [True, False]
+    with torch.inference_mode():
+        frozen = copy.deepcopy(weight)
+    assert frozen.qweight.is_inference()
+    assert [alone(frozen) for _ in range(2)] == [True, False]

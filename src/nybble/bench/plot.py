@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXIS = {"norm": "rows", "w4a16": "m"}
+AXIS = {"norm": "rows", "w4a16": "m", "ln_qkv": "m"}
 """The dimension an operation is drawn against; for one that is not here, the first of its shape."""
 
 SUFFIXES = (".svg", ".png")
@@ -33,6 +33,7 @@ SUFFIXES = (".svg", ".png")
 # Nybble's own is the one strong colour. All differ in lightness as well as in hue.
 COLOURS = {
     "nybble": "#0047ab",
+    "nybble-pair": "#6fa8a0",
     "torch": "#7d7d7d",
     "liger": "#d08a2e",
     "quack": "#6fa8a0",
