@@ -28,6 +28,10 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((NormCase(f, 3, hidden, torch.float16), "triton") for f in FUNCTIONS for hidden in (72, 2561, 20000)),
     *((W4A16Case(m, 136, 520, 64), "mma") for m in (1, 9, 17, 33, 70)),
     *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "mma") for m in (1, 9, 17, 33, 70)),
+    *((W4A16Case(m, 136, 520, 64), "stream") for m in (1, 3, 8, 16, 33, 64)),
+    *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "stream") for m in (1, 9, 33, 64)),
+    *((W4A16Case(m, 128, 512, 64, bias=True, norm="layernorm"), "stream") for m in (1, 16)),
+    (W4A16Case(3, 384, 256, 64, activation="silu_mul", residual=True), "stream"),
 )
 
 

@@ -321,3 +321,24 @@ def test_opcheck_around_the_product() -> None:
     rest = (inputs.residual, *inputs.norm, "silu_mul", 0, 0)
     arguments = (inputs.x, *inputs.weight.tensors, None, 192, 128, 32, "auto", *rest)
     torch.library.opcheck(torch.ops.nybble.w4a16.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 9, 16, 17, 33, 64])
+def test_stream_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
+    for n, k, group_size in ((256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1)):
+        case = W4A16Case(m, n, k, group_size, dtype, symmetric=False, act_order=k == 200, bias=True)
+        check_case(case, "cuda", variant="stream")
+
+
+def test_stream_reads_a_weight_that_was_just_written() -> None:
+    """It asks for weights before the previous kernel is complete, unless that may have written them."""
+    case = W4A16Case(1, 4096, 4096)
+    first, second = case.make("cuda", 0), case.make("cuda", 1)
+    want = [case.run(replace(first, weight=inputs.weight), "stream")[0].clone() for inputs in (first, second)]
+    weight = replace(first.weight, qweight=first.weight.qweight.clone(), scales=first.weight.scales.clone())
+    for _ in range(20):
+        for source, expected in zip((second, first), reversed(want), strict=True):
+            weight.qweight.copy_(source.weight.qweight)
+            weight.scales.copy_(source.weight.scales)
+            assert torch.equal(case.run(replace(first, weight=weight), "stream")[0], expected)

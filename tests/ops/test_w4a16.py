@@ -75,7 +75,7 @@ def test_bad_input_is_named() -> None:
         (ValueError, r"bias: expected shape \[out_features\] = \[72\], got \[8\]", {"bias": torch.zeros(8).half()}),
         (TypeError, "weight: expected a nybble.PackedWeight, got Tensor", {"weight": x}),
         (ValueError, "weight.qweight: expected device meta, that of x, got cpu", {"x": x.to("meta")}),
-        (ValueError, r"variant: expected 'auto' or one of \['mma', 'reference'\], got 'marlin'", {"variant": "marlin"}),
+        (ValueError, r"variant: expected 'auto' or one of \['mma', 'stream', 'reference'\]", {"variant": "marlin"}),
         (UnsupportedError, "mma: no CUDA device", {"variant": "mma"}),
     ]  # fmt: skip
     for error, message, change in bad:
@@ -250,7 +250,9 @@ def test_bad_input_around_the_product_is_named() -> None:
     for error, message, change in bad:
         with pytest.raises(error, match=message):
             nybble.w4a16_linear(inputs.x, inputs.weight, **{**given, **change})
-    with pytest.raises(ValueError, match=r"variant: expected 'auto' or one of \['mma', 'reference'\], got 'composed'"):
+    with pytest.raises(
+        ValueError, match=r"variant: expected 'auto' or one of \['mma', 'stream', 'reference'\], got 'composed'"
+    ):
         nybble.w4a16_linear(inputs.x, inputs.weight, variant="composed")
     arguments = (inputs.x, *inputs.weight.tensors, None, 512, 128, 64, "auto")
     for message, around in (
@@ -362,10 +364,7 @@ def test_a_stream_launch_gets_every_argument_in_its_place(plans: list[Recorder])
     assert plan.source.path.name == "stream.cu"
     around = ("NORM", "NORM_BIAS", "ACT", "RESIDUAL", "SPLIT1", "SPLIT2")
     assert [constants[name] for name in around] == [1, True, 3, True, 128, 128]
-    assert "SHARED" not in constants
-    assert {name: constants[name] for name in ("TILE_M", "WARPS_N", "STRIPS", "SLICES", "CLUSTER")} == {
-        name: value for name, value in CONFIG.items() if name != "SHARED"
-    }
+    assert {name: constants[name] for name in CONFIG} == CONFIG
 
 
 def test_a_plain_stream_launch_has_nothing_around_it(plans: list[Recorder]) -> None:

@@ -357,7 +357,7 @@ def explain(
         table.add_row(
             "*" if candidate is choice.pick else "",
             candidate.variant,
-            "refused" if candidate.refused or us is None else f"{us:.2f}",
+            "refused" if candidate.refused else "not measured" if us is None else f"{us:.2f}",
             f"{100 * floor / us:.0f} %" if us and not candidate.refused else "-",
             " ".join(f"{name}={value}" for name, value in candidate.config),
             candidate.reason,

@@ -22,10 +22,17 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const unsigned (&a)[4],
 
 // Four 8x8 matrices of 16-bit values from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
 // PTX ISA, "ldmatrix".
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
 }
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
+    load_matrices(r, static_cast<unsigned>(__cvta_generic_to_shared(row)));
+}
+
+// Keeps a value in its register: the compiler would otherwise compute addresses anew at every use, a dozen instructions.
+__device__ __forceinline__ void pin(unsigned& value) { asm volatile("" : "+r"(value)); }
+template <typename T> __device__ __forceinline__ void pin(const T*& pointer) { asm volatile("" : "+l"(pointer)); }

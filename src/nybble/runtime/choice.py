@@ -19,7 +19,8 @@ class Candidate:
     Attributes:
         variant: its name, as ``variant=`` of the public function takes it.
         config: the compile-time constants beyond the request's own (tile sizes, threads); empty for the reference.
-        us: predicted device time in microseconds; ``None`` when refused.
+        us: predicted device time in microseconds; ``None`` when refused, or when nothing is measured to predict from:
+            such a variant runs where it is asked for by name.
         reason: why it is as fast as predicted, or why it is refused.
         refused: it can't run this request here.
     """

@@ -59,7 +59,7 @@ class Plan:
     ) -> None:
         self.device, self.threads, self.shared_bytes = device, threads, shared_bytes
         self.cluster, self.overlap = cluster, overlap
-        self._configs: dict[tuple[tuple[int, int, int], int], Any] = {}
+        self._configs: dict[tuple[tuple[int, int, int], int, bool], Any] = {}
         self._struct = struct.Struct(f"={parameters}")
         self._pack, self._slots = self._struct.pack_into, []
         with torch.cuda.device(device):
@@ -82,18 +82,20 @@ class Plan:
             raise RuntimeError(f"the CUDA driver refused a kernel: {answer[0].name}")
         return answer[1] if len(answer) > 1 else None
 
-    def launch(self, grid: tuple[int, int, int], *arguments: int | float) -> None:
+    def launch(self, grid: tuple[int, int, int], *arguments: int | float, alone: bool = False) -> None:
         """Launch on the current stream of the plan's device.
 
         Args:
             grid: blocks in x, y, z.
             arguments: as ``parameters`` has them.
+            alone: do not overlap the kernel before, whatever the plan says: for a kernel that reads something before
+                it waits, when that may just have been written.
         """
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self.launch(grid, *arguments)
+                return self.launch(grid, *arguments, alone=alone)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        config = self._configs.get((grid, stream)) or self._config(grid, stream)
+        config = self._configs.get((grid, stream, alone)) or self._config(grid, stream, alone)
         # A thread takes a slot for itself: the driver reads it with the interpreter's lock released.
         slot = self._slots.pop() if self._slots else self._slot()
         self._pack(slot.values, 0, *arguments)
@@ -111,7 +113,7 @@ class Plan:
         addresses = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
         return _Slot(values, addresses, ctypes.addressof(addresses))
 
-    def _config(self, grid: tuple[int, int, int], stream: int) -> Any:
+    def _config(self, grid: tuple[int, int, int], stream: int, alone: bool) -> Any:
         """The driver's launch description, kept: building one costs 12 us."""
         if len(self._configs) >= _MAX_KEPT:
             self._configs.clear()
@@ -126,11 +128,11 @@ class Plan:
             across.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             across.value.clusterDim.x, across.value.clusterDim.y, across.value.clusterDim.z = self.cluster, 1, 1
             attributes.append(across)
-        if self.overlap:
+        if self.overlap and not alone:
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             early.value.programmaticStreamSerializationAllowed = 1
             attributes.append(early)
         config.attrs, config.numAttrs = attributes, len(attributes)
-        self._configs[grid, stream] = config
+        self._configs[grid, stream, alone] = config
         return config

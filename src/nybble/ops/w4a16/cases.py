@@ -181,7 +181,9 @@ class W4A16Case(Case):
         if any(c.variant == "composed" for c in able):
             plain = spec._replace(norm="", activation="", residual=False, norm_bias=False, splits=())
             return [op.source(spec, c) for c in able if c.variant in op.KERNELS] + [
-                op.source(plain, c) for c in cost.candidates(plain, hardware) if c.variant in op.KERNELS
+                op.source(plain, c)
+                for c in cost.candidates(plain, hardware)
+                if c.variant in op.KERNELS and not c.refused
             ]
         return [op.source(spec, c) for c in able if c.variant in op.KERNELS]
 

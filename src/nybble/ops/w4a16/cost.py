@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,54 @@ class Spec(NamedTuple):
         return bool(self.norm) + epilogue + self.residual + 3 * bool(self.splits)
 
 
+def stream_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
+    """The constants of ``stream.cu`` for a request, or why it can't run it."""
+    if spec.m > 64:
+        return "for at most 64 rows"
+    if spec.activation == "silu_mul" and spec.n % 32:
+        return f"silu_mul pairs strips of 16 features, so N must be a multiple of 32, not {spec.n}"
+    few, chunks, pairs = spec.m <= 8, math.ceil(spec.k / 64), spec.activation == "silu_mul"
+    hopper = hardware.capability >= (9, 0)
+    # Registers of a strip's 64 features on their way: the weights, and scales and zero points of its groups.
+    groups = 64 // min(64, spec.group_size)
+    warps_n, strips, slices = (1, 2, 8) if few else (8, 1 if spec.m == 64 and groups > 1 and not pairs else 2, 1)
+    chunk = 4 + groups * (max(1, spec.scale_dtype.itemsize // 2) + spec.zeros)
+    clusters = (1, 2, 4, 8) if hopper else (1,)
+    # Few rows: the fewest blocks that hold all of x in half the shared memory, so that two are on an SM. More: as many
+    # as measured best, 8 up to 16 rows and 4 beyond.
+    budget, shared = (hardware.shared_bytes - 4096) // (2 if few else 1), 0
+    for cluster in clusters if few else (c for c in clusters if c >= min(8 if spec.m <= 16 else 4, clusters[-1])):
+        reach = math.ceil(chunks / cluster)
+        for buffers in (2, 1):
+            x_bytes = math.ceil(spec.m * (reach * 64 + 8) * 2 / 16) * 16
+            statistics = math.ceil(spec.m * 12 / 16) * 16 if spec.norm else 0
+            sums = buffers * slices * spec.m * (16 * strips * warps_n + 4) * 4
+            shared = x_bytes + 128 + statistics + sums
+            if shared <= budget:
+                rounds = math.ceil(reach / slices)
+                ahead = 2
+                if few:  # more spills at 128 registers; all of a tile's at once needs no pointers to go on with
+                    once = rounds <= 8 and chunk == 5 and hopper and "gelu" not in spec.activation
+                    ahead = 8 if once else (64 if chunk == 5 else 48 if groups <= 2 else 24) // (2 * chunk)
+                return {
+                    "TILE_M": spec.m, "WARPS_N": warps_n, "STRIPS": strips, "SLICES": slices, "CLUSTER": cluster,
+                    "AHEAD": max(1, min(ahead, rounds)), "BUFFERS": buffers, "BLOCKS": 2 if few else 1,
+                    "SHARED": shared,
+                }  # fmt: skip
+    return (
+        f"{spec.m} rows of {spec.k} features need {shared} bytes of shared memory a block, this GPU has {budget} for it"
+    )
+
+
+def _stream(spec: Spec, hardware: Hardware) -> Candidate:
+    config = stream_shape(spec, hardware)
+    if isinstance(config, str):
+        return Candidate("stream", (), None, config, refused=True)
+    features = 16 * config["STRIPS"] * config["WARPS_N"]
+    reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
+    return Candidate("stream", tuple(config.items()), None, f"{reason}; no rows yet to predict from, so never chosen")
+
+
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
     weight_bytes = spec.n * spec.k // 2
@@ -77,7 +126,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     elif spec.dtype not in HALF:
         reason = f"needs float16 or bfloat16 activations, got {spec.dtype}"
     if reason or hardware is None:
-        names = ("mma", "composed") if spec.around else ("mma",)
+        names = ("mma", "stream", "composed") if spec.around else ("mma", "stream")
         return [*(Candidate(name, (), None, reason, refused=True) for name in names), reference]
     tile, slices, slower = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
     slices = min(slices, 4) if spec.perm else slices
@@ -87,13 +136,13 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     config = (("TILE_M", tile), ("SLICES", slices))
     mma = Candidate("mma", config, LAUNCH_US + max(memory, maths), reason)
     if not spec.around:
-        return [mma, reference]
+        return [mma, _stream(spec, hardware), reference]
     # Each kernel around the product starts, and moves about one tensor in and one out.
     moved = 2 * spec.m * max(spec.n, spec.k) * spec.dtype.itemsize / (read * 1e6)
     us = LAUNCH_US + max(memory, maths) + spec.around * (AROUND_US + moved)
     reason = f"the product alone and {spec.around} kernels around it"
     refused = Candidate("mma", (), None, "no prologue or epilogue; composed instead", refused=True)
-    return [refused, Candidate("composed", (), us, reason), reference]
+    return [refused, _stream(spec, hardware), Candidate("composed", (), us, reason), reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

@@ -100,7 +100,7 @@ mma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* 
             if constexpr (ZEROS) zero_points = qzeros[at * 32 + strip * 8 + row8];
             const S* scale = scales + at * 64 + strip * 16 + row8 * 2;
             const float scale_top = to_float(scale[0]), scale_bottom = to_float(scale[1]);
-            const unsigned zero_top = zero_pair<X>(zero_points & 15), zero_bottom = zero_pair<X>(zero_points >> 4);
+            const ZeroPoint zero_top = zero_pair<X>(zero_points & 15), zero_bottom = zero_pair<X>(zero_points >> 4);
             unsigned a[STEPS][4];
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) unpack_int4<X>(word[first + step], zero_top, zero_bottom, a[step]);

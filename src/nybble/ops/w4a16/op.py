@@ -26,8 +26,6 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
 KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "stream")}
 PARAMETERS = {"mma": "8q", "stream": "11qd"}
-NOT_COMPILED = ("SHARED",)
-"""Of a candidate's constants, those that only the launch takes."""
 
 _INF = float("inf")
 _MAX_TEMPLATES = 1024
@@ -362,8 +360,7 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
             ("SPLIT1", split1),
             ("SPLIT2", split2),
         )
-    config = tuple((name, value) for name, value in candidate.config if name not in NOT_COMPILED)
-    return Source(KERNELS[candidate.variant], (*constants, *config))
+    return Source(KERNELS[candidate.variant], (*constants, *candidate.config))
 
 
 def _make(spec: cost.Spec, device: int) -> Ready | str:

@@ -1,0 +1,125 @@
+// The part of CUDA C++ that the kernels use, on a CPU: a thread is a fiber, a block's fibers take turns at every place where
+// threads wait for each other, and the blocks of a cluster run together. Slow, and exact: what a kernel computes where is
+// tested without a GPU. Races and speed are not seen.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+struct Dim {
+    unsigned x, y, z;
+};
+struct Barrier {
+    int waiting = 0;
+    long turn = 0;
+};
+struct Warp {
+    Barrier barrier;
+    float value[32];
+    unsigned words[32][6];  // of an mma: four of A, two of B
+    unsigned address[32];
+};
+struct Cluster;
+constexpr size_t STATIC = 48 << 10;
+struct Block {
+    std::vector<unsigned char> shared;  // STATIC bytes for __shared__ arrays, then the dynamic ones
+    unsigned char* dynamic() { return shared.data() + STATIC; }
+    std::vector<Warp> warps;
+    Barrier barrier, named[16];
+    int threads, rank;
+    Cluster* cluster;
+};
+struct Cluster {
+    std::vector<Block> blocks;
+    Barrier barrier;
+    int threads;
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done = false;
+    Dim thread, block_index;
+    Block* block;
+    int warp, lane;
+};
+static Fiber* self;
+static ucontext_t scheduler;
+static Dim grid;
+
+[[noreturn]] static void fail(const char* what) {
+    std::fprintf(stderr, "emulated kernel: %s\n", what);
+    std::abort();
+}
+static void wait_at(Barrier& barrier, int threads) {
+    const long turn = barrier.turn;
+    if (++barrier.waiting == threads) {
+        barrier.waiting = 0;
+        ++barrier.turn;
+    } else {
+        while (barrier.turn == turn) swapcontext(&self->context, &scheduler);
+    }
+}
+static Warp& warp_of() { return self->block->warps[self->warp]; }
+static void warp_barrier() { wait_at(warp_of().barrier, 32); }
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+#define threadIdx (self->thread)
+#define blockIdx (self->block_index)
+#define gridDim grid
+
+static void __syncthreads() { wait_at(self->block->barrier, self->block->threads); }
+static float __shfl_xor_sync(unsigned, float value, int mask) {
+    warp_of().value[self->lane] = value;
+    warp_barrier();
+    const float other = warp_of().value[self->lane ^ mask];
+    warp_barrier();
+    return other;
+}
+// A static __shared__ array: the same place for all threads of a block, told apart by its line.
+static unsigned char* static_shared(int line, size_t bytes) {
+    static std::vector<std::pair<int, size_t>> places;
+    static size_t used = 0;
+    for (auto& [known, at] : places)
+        if (known == line) return self->block->shared.data() + at;
+    places.push_back({line, used});
+    used += (bytes + 15) / 16 * 16;
+    if (used > STATIC) fail("more than 48 KB of static shared memory");
+    return self->block->shared.data() + places.back().second;
+}
+// Addresses of shared memory count from the beginning of the block's.
+static size_t __cvta_generic_to_shared(const void* at) {
+    return static_cast<const unsigned char*>(at) - self->block->shared.data();
+}
+static unsigned char* shared_at(Block& block, size_t address, size_t bytes) {
+    if (address + bytes > block.shared.size()) fail("an address outside of shared memory");
+    return block.shared.data() + address;
+}
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct int4 {
+    int x, y, z, w;
+};
+struct float4 {
+    float x, y, z, w;
+};
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+static long long min(long long a, long long b) { return a < b ? a : b; }
+#define __expf(v) std::exp(float(v))
+static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+static float __fdividef(float a, float b) { return a / b; }
+template <typename T> static T __ldg(const T* from) { return *from; }
+template <typename T> static void __stcs(T* to, T value) { *to = value; }
+using std::isnan;

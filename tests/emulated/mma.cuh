@@ -1,0 +1,38 @@
+// mma.cuh of the emulator: the fragments as the PTX ISA lays them out, the products in fp32.
+#pragma once
+#include "scalar.cuh"
+
+static void pin(unsigned&) {}
+template <typename T> static void pin(const T*&) {}
+
+template <typename T> static float half_of(unsigned word, int which) {
+    T v;
+    v.bits = word >> (16 * which);
+    return to_float(v);
+}
+template <typename T> static void mma_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    auto& words = warp_of().words;
+    const int g = self->lane / 4, t = self->lane % 4;
+    for (int i = 0; i < 4; ++i) words[self->lane][i] = a[i];
+    words[self->lane][4] = b0, words[self->lane][5] = b1;
+    warp_barrier();
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + (i >= 2 ? 8 : 0), column = 2 * t + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const unsigned wa = words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            const unsigned wb = words[column * 4 + k % 8 / 2][4 + k / 8];
+            d[i] += half_of<T>(wa, k % 2) * half_of<T>(wb, k % 2);
+        }
+    }
+    warp_barrier();
+}
+static void load_matrices(unsigned (&r)[4], unsigned address) {
+    if (address % 16) fail("a misaligned ldmatrix");
+    auto& addresses = warp_of().address;
+    addresses[self->lane] = address;
+    warp_barrier();
+    for (int i = 0; i < 4; ++i)
+        std::memcpy(&r[i], shared_at(*self->block, addresses[i * 8 + self->lane / 4], 16) + self->lane % 4 * 4, 4);
+    warp_barrier();
+}
+static void load_matrices(unsigned (&r)[4], const void* row) { load_matrices(r, unsigned(__cvta_generic_to_shared(row))); }

@@ -1,0 +1,136 @@
+"""The CUDA kernels themselves on a CPU: every index, fragment, barrier and cluster of them, against float64."""
+
+from __future__ import annotations
+
+import emulate
+import pytest
+import torch
+from checks import within
+from torch import Tensor
+
+from nybble.ops.norm import cost as norm_cost
+from nybble.ops.norm import op as norm_op
+from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.w4a16 import op as linear_op
+from nybble.ops.w4a16.cases import EPS, W4A16Case
+from nybble.ops.w4a16.cost import stream_shape
+from nybble.runtime.choice import Candidate
+from nybble.runtime.hardware import H200
+
+pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is needed to compile the kernels for a CPU")
+
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(NormCase(function, 3, 320, HALF) for function in FUNCTIONS),
+        NormCase("layernorm", 130, 72, HALF, mean=100.0),  # 8 threads a row, a last row that is missing in its warp
+        NormCase("rmsnorm", 65, 40, FLOAT),
+        NormCase("add_dual_layernorm", 2, 20000, BRAIN),  # a cluster of 4
+        NormCase("rmsnorm", 2, 2561, FLOAT),  # one element an access
+        NormCase("layernorm", 1, 65544, HALF, mean=1e3),  # too wide for registers
+    ],
+    ids=lambda case: f"{case.function}-{case.rows}x{case.hidden}",
+)
+def test_norm(case: NormCase) -> None:
+    spec, form, inputs = case.spec(), case.form, case.make()
+    # EARLY only changes when weights are asked for, by an instruction that a CPU does not have.
+    config = {**norm_cost.shape(spec, H200), "EARLY": False}
+    tensors: list[Tensor | None] = list(inputs.values())
+    rows, vectors = tensors[: form.addends + form.after], tensors[form.addends + form.after :]
+    after = rows.pop() if form.after else None
+    vectors = [vectors[0], None] if form.rms else vectors
+    outputs = [torch.full_like(next(iter(inputs.values())), float("nan")) for _ in range(form.norms + form.store_sum)]
+    results: list[Tensor | None] = [*outputs]
+    if form.norms == 1:
+        results.insert(1, None)
+    if not form.store_sum:
+        results.append(None)
+    together, cluster = int(config["ROWS"]), int(config["CLUSTER"])
+    emulate.launch(
+        norm_op.source(spec, tuple(config.items())),
+        "q" * 11 + "nd",
+        (-(-case.rows // together) * cluster, 1, 1),
+        int(config["THREADS"]) * together,
+        *rows,
+        *[None] * (3 - len(rows)),
+        after,
+        *vectors,
+        *[None] * (4 - len(vectors)),
+        *results,
+        case.rows,
+        EPS,
+        cluster=cluster,
+    )
+    within(case, inputs, tuple(outputs))
+
+
+def test_mma() -> None:
+    case = W4A16Case(33, 72, 200, 16, BRAIN, symmetric=False, act_order=True, bias=True)
+    pick, inputs = case.choice(H200, "mma").pick, case.make()
+    config, weight = dict(pick.config), inputs.weight
+    y = torch.full((case.m, case.n), float("nan"), dtype=case.dtype)
+    grid = (-(-case.m // config["TILE_M"]), weight.qweight.shape[0], 1)
+    emulate.launch(
+        linear_op.source(case.spec(), pick), "q" * 7 + "n", grid, 128 * config["SLICES"],
+        inputs.x, *weight.tensors, inputs.bias, y, case.m,
+    )  # fmt: skip
+    within(case, inputs, (y,))
+
+
+# Rows, features, group, dtype, symmetric, act-order, bias, dtype of the scales, norm, activation, residual.
+STREAMED: list[tuple[W4A16Case, int, dict[str, int]]] = [
+    (W4A16Case(1, 128, 1024), 2, {}),
+    (W4A16Case(1, 72, 200, 32), 2, {"SLICES": 2, "AHEAD": 2}),  # a chunk that is not full, a strip past the end
+    (W4A16Case(3, 136, 328, 16, symmetric=False, act_order=True, bias=True), 3, {}),
+    (W4A16Case(8, 200, 712, 64, BRAIN, symmetric=False, bias=True), 3, {"CLUSTER": 2}),
+    (W4A16Case(13, 512, 1024), 1, {"CLUSTER": 4}),
+    (W4A16Case(16, 136, 456, 64, BRAIN, act_order=True, scale_dtype=HALF), 1, {}),
+    (W4A16Case(61, 256, 512, 32), 1, {"WARPS_N": 4}),
+    (W4A16Case(40, 128, 256, 128), 1, {"TILE_M": 32, "WARPS_N": 2, "BUFFERS": 1}),  # two tiles of rows
+    (W4A16Case(5, 128, 320, 64, bias=True, norm="layernorm"), 2, {}),
+    (W4A16Case(2, 128, 840, 128, act_order=True, norm="rmsnorm"), 3, {"CLUSTER": 8, "SLICES": 2}),
+    (W4A16Case(9, 64, 192, 64, norm="layernorm"), 1, {}),  # blocks of the cluster with nothing to do
+    (W4A16Case(1, 128, 256, bias=True, activation="gelu", residual=True), 2, {}),
+    (W4A16Case(7, 128, 256, dtype=BRAIN, bias=True, activation="gelu_tanh", residual=True), 2, {}),
+    (W4A16Case(3, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 5, {}),
+    (W4A16Case(16, 512, 256, 64, norm="rmsnorm", activation="silu_mul"), 2, {"WARPS_N": 4}),
+    (W4A16Case(1, 128, 256, symmetric=False, scale_dtype=FLOAT), 4, {}),
+]
+
+
+def stream(case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()) -> None:
+    """Run ``stream.cu`` on a case with some workers, and some constants other than the cost model's."""
+    spec, inputs = case.spec()._replace(splits=splits), case.make()
+    chosen = stream_shape(spec, H200)
+    assert isinstance(chosen, dict)
+    config = chosen | {"SHARED": 200_000} | changed
+    weight, norm, tile, cluster = inputs.weight, inputs.norm, config["TILE_M"], config["CLUSTER"]
+    features = 16 * config["WARPS_N"] * config["STRIPS"]
+    out = case.n // 2 if case.activation == "silu_mul" else case.n
+    y = torch.full((case.m, out), float("nan"), dtype=case.dtype)
+    grid = (min(workers, -(-case.n // features)) * cluster, -(-case.m // tile), 1)
+    emulate.launch(
+        linear_op.source(spec, Candidate("stream", tuple(config.items()))), "q" * 10 + "nd",
+        grid, 32 * config["WARPS_N"] * config["SLICES"],
+        inputs.x, *weight.tensors, inputs.bias, inputs.residual,
+        norm and norm.weight, norm and norm.bias, y, case.m, EPS,
+        shared_bytes=config["SHARED"], cluster=cluster,
+    )  # fmt: skip
+    if splits:
+        ends = zip((0, *splits), (*splits, case.n), strict=True)
+        flat = y.view(-1)
+        y = torch.cat([flat[case.m * a : case.m * b].view(case.m, b - a) for a, b in ends], 1)
+    within(case, inputs, (y,))
+
+
+@pytest.mark.parametrize(("case", "workers", "changed"), STREAMED, ids=lambda value: str(value)[:80])
+def test_stream(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
+    stream(case, workers, changed)
+
+
+@pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
+def test_stream_splits_its_result(splits: tuple[int, ...]) -> None:
+    stream(W4A16Case(3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
