@@ -332,7 +332,7 @@ def _launch(
         y.data_ptr(), rows, eps,
     )  # fmt: skip
     if plan.overlap and weight.settle():
-        plan.launch(grid, *arguments, alone=True)  # pyright: ignore[reportCallIssue]
+        plan.launch(grid, *arguments, alone=True)
     else:
         plan.launch(grid, *arguments)
     return y
@@ -526,8 +526,9 @@ def w4a16_linear(
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
-        variant: ``"auto"`` (the cost model's pick), ``"mma"`` or ``"reference"``; ``"composed"``, one kernel after the
-            other, where there is anything around the product.
+        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"stream"`` (all of it, few
+            rows) or ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
+            product.
 
     Returns:
         ``[..., N]``, or ``[..., N / 2]`` with silu_mul; contiguous, the dtype of ``x``.
