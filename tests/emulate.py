@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from nybble.runtime.source import DEVICE, Source
 
 HERE = Path(__file__).resolve().parent / "emulated"
 COMPILER = shutil.which("g++")
-_BUILT = Path(tempfile.gettempdir()) / "nybble-emulated"
+_BUILT = Path(tempfile.gettempdir()) / f"nybble-emulated-{os.getuid()}"  # libraries are loaded from it: of one user
 
 
 def text(source: Source, parameters: str) -> str:
@@ -48,7 +49,8 @@ def build(source: Source, parameters: str) -> ctypes.CDLL:
     digest = hashlib.sha256(whole.encode())
     for header in (*sorted(HERE.iterdir()), *sorted(DEVICE.iterdir())):
         digest.update(header.read_bytes())
-    _BUILT.mkdir(exist_ok=True)
+    _BUILT.mkdir(mode=0o700, exist_ok=True)
+    assert _BUILT.stat().st_uid == os.getuid(), f"{_BUILT} belongs to somebody else"
     library = _BUILT / f"{digest.hexdigest()[:24]}.so"
     if not library.exists():
         assert COMPILER is not None, "g++ is needed; skip the test without it"
