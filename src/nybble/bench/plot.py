@@ -10,15 +10,13 @@ import hashlib
 import io
 import json
 import math
-import os
-import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nybble.bench.report import KEYS
+from nybble.bench.report import KEYS, write_whole
 from nybble.runtime.errors import UnsupportedError, wrong_value
 
 if TYPE_CHECKING:
@@ -194,7 +192,7 @@ def draw(
     image = io.BytesIO()
     with _style():
         figure(op, what).savefig(image, format=kind, metadata={**metadata, "Description": digest(what)})
-    _write(path, image.getvalue())
+    write_whole(path, image.getvalue())
     return what
 
 
@@ -207,21 +205,6 @@ def _style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)
         yield
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(beside).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
 
 
 def figure(op: str, what: Shown) -> Figure:

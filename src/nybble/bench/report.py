@@ -125,22 +125,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> int:
-    """Add rows to a results file, whole or not at all: a new file is written beside it and takes its place.
-
-    Returns:
-        How many lines of the old file are not JSON objects. They are kept as they are.
-    """
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a new one is written beside it and takes its place. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-    if old and not old.endswith("\n"):
-        old += "\n"
-    damaged = read_lines(old.splitlines())[1]
-    new = "".join(json.dumps(one) + "\n" for one in rows)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(old + new)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(beside).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
@@ -148,6 +139,20 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> int:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """Add rows to a results file, whole or not at all.
+
+    Returns:
+        How many lines of the old file are not JSON objects. They are kept as they are.
+    """
+    old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    if old and not old.endswith("\n"):
+        old += "\n"
+    damaged = read_lines(old.splitlines())[1]
+    new = "".join(json.dumps(one) + "\n" for one in rows)
+    write_whole(path, (old + new).encode("utf-8", errors="surrogateescape"))
     return damaged
 
 
