@@ -28,7 +28,7 @@ _BUILT = Path(tempfile.gettempdir()) / f"nybble-emulated-{os.getuid()}"  # libra
 def text(source: Source, parameters: str) -> str:
     """The kernel's own text between the emulator's, its shared arrays taken from the block."""
     kernel = re.sub(
-        r"extern __shared__ __align__\(16\) unsigned char (\w+)\[\];",
+        r"extern __shared__ __align__\(\d+\) unsigned char (\w+)\[\];",
         r"unsigned char* const \1 = self->block->dynamic();",
         source.path.read_text(encoding="utf-8"),
     )

@@ -4,6 +4,8 @@
 
 static int cluster_rank() { return self->block->rank; }
 static void cluster_sync() { wait_at(self->block->cluster->barrier, self->block->cluster->threads); }
+static void cluster_arrive() {}
+static void cluster_wait() { cluster_sync(); }
 template <typename T> static T load_from(const float* here, int rank) {
     const size_t address = __cvta_generic_to_shared(here);
     if (address % sizeof(T)) fail("a misaligned load from another block");

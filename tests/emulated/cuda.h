@@ -15,12 +15,12 @@
 struct Dim {
     unsigned x, y, z;
 };
-struct Barrier {
+struct Meeting {
     int waiting = 0;
     long turn = 0;
 };
 struct Warp {
-    Barrier barrier;
+    Meeting barrier;
     float value[32];
     unsigned words[32][6];  // of an mma: four of A, two of B
     unsigned address[32];
@@ -31,13 +31,13 @@ struct Block {
     std::vector<unsigned char> shared;  // STATIC bytes for __shared__ arrays, then the dynamic ones
     unsigned char* dynamic() { return shared.data() + STATIC; }
     std::vector<Warp> warps;
-    Barrier barrier, named[16];
+    Meeting barrier, named[16];
     int threads, rank;
     Cluster* cluster;
 };
 struct Cluster {
     std::vector<Block> blocks;
-    Barrier barrier;
+    Meeting barrier;
     int threads;
 };
 struct Fiber {
@@ -56,7 +56,7 @@ static Dim grid;
     std::fprintf(stderr, "emulated kernel: %s\n", what);
     std::abort();
 }
-static void wait_at(Barrier& barrier, int threads) {
+static void wait_at(Meeting& barrier, int threads) {
     const long turn = barrier.turn;
     if (++barrier.waiting == threads) {
         barrier.waiting = 0;
@@ -85,6 +85,14 @@ static float __shfl_xor_sync(unsigned, float value, int mask) {
     warp_barrier();
     return other;
 }
+static int __shfl_sync(unsigned, int value, int lane) {
+    warp_of().words[self->lane][0] = value;
+    warp_barrier();
+    const int other = warp_of().words[lane][0];
+    warp_barrier();
+    return other;
+}
+static void __syncwarp() { warp_barrier(); }
 // A static __shared__ array: the same place for all threads of a block, told apart by its line.
 static unsigned char* static_shared(int line, size_t bytes) {
     static std::vector<std::pair<int, size_t>> places;

@@ -9,6 +9,14 @@ __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from,
                  : "memory");
 }
 
+// The same for 4 or 8 bytes.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bool valid) {
+    static_assert(BYTES == 4 || BYTES == 8, "copy_async_16 is for 16");
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(valid ? BYTES : 0)
+                 : "memory");
+}
+
 // PTX ISA, "cp.async.commit_group": what this thread has issued becomes one group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -9,3 +9,7 @@ template <int SPAN = 32> __device__ __forceinline__ float warp_sum(float v) {
     for (int offset = SPAN / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
     return v;
 }
+
+// A value that all lanes of a warp have, told to the compiler: what is computed from it needs one register and one
+// instruction a warp.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }

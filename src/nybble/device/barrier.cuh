@@ -1,0 +1,48 @@
+// Barriers in shared memory (mbarrier, sm_90) that count bytes, and stores that count themselves on another block's.
+#pragma once
+
+using Barrier = unsigned long long;
+
+// PTX ISA, "mbarrier.init": a phase is complete after `count` arrivals, and all bytes announced.
+__device__ __forceinline__ void barrier_init(Barrier* at, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(count)
+                 : "memory");
+}
+
+// What was initialised is so for all blocks of the cluster that pass a barrier of it afterwards.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// One arrival, and so many bytes to come. PTX ISA, "mbarrier.arrive.expect_tx".
+__device__ __forceinline__ void barrier_expect(Barrier* at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(bytes)
+                 : "memory");
+}
+
+// One arrival at the same barrier of block `rank` of the cluster. PTX ISA, "mbarrier.arrive". Relaxed: a release would wait
+// for all loads and copies in flight. What the caller has read before, and used, it has read.
+__device__ __forceinline__ void barrier_arrive(Barrier* at, int rank) {
+    asm volatile("{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+                 "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank)
+                 : "memory");
+}
+
+// Until the phase of this parity is complete; phases count from 0. PTX ISA, "mbarrier.try_wait".
+__device__ __forceinline__ void barrier_wait(Barrier* at, int parity) {
+    asm volatile("{\n\t.reg .pred done;\n\tagain:\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+                 "@!done bra again;\n\t}" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(parity)
+                 : "memory");
+}
+
+// Four floats to block `rank`, counted as 16 bytes on its barrier; no fence, the barrier says when they are there.
+// `to` and `at` are the places in this block's shared memory. PTX ISA, "st.async".
+__device__ __forceinline__ void send(float* to, float a, float b, float c, float d, Barrier* at, int rank) {
+    asm volatile("{\n\t.reg .u32 there, count;\n\tmapa.shared::cluster.u32 there, %0, %6;\n\t"
+                 "mapa.shared::cluster.u32 count, %5, %6;\n\t"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1,%2,%3,%4}, [count];\n\t}" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "f"(a), "f"(b), "f"(c), "f"(d), "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank)
+                 : "memory");
+}

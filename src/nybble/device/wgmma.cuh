@@ -1,0 +1,63 @@
+// wgmma: the tensor-core product of four warps together (sm_90a). A from registers, B from shared memory, D in registers.
+#pragma once
+#include "scalar.cuh"
+
+// What was written to registers, or to shared memory before a fence_async, is there for the products that follow.
+// PTX ISA, "wgmma.fence".
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// What has been asked for becomes one group, and all but the newest PENDING groups are waited for.
+// PTX ISA, "wgmma.commit_group", "wgmma.wait_group".
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// A register that a product in flight writes is not read before this point in the program.
+template <int COUNT> __device__ __forceinline__ void arrived(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Ordinary stores to shared memory become visible to the tensor cores. PTX ISA, "fence.proxy.async".
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The half of B's descriptor that says where: rows of 128 bytes along k, eight of them 1024 bytes, their 16-byte pieces
+// swizzled: piece p of row r is at p ^ (r % 8). `at` is a shared address; add 2 for the next 16 elements along k.
+// PTX ISA, "Matrix-descriptor format".
+__device__ __forceinline__ unsigned wgmma_rows(const void* at) {
+    return (static_cast<unsigned>(__cvta_generic_to_shared(at)) & 0x3ffffu) >> 4 | 1u << 16;
+}
+
+// d (+)= A B, m64 nCOLS k16; warp w of the four has rows 16 w .. 16 w + 15 of A and D, as in mma.cuh, and
+// d[4 j ..] is D's columns 8 j .. 8 j + 7. PTX ISA, "wgmma.mma_async".
+#define NYBBLE_WGMMA(COLS, COUNT, D, A, B, P, ...)                                                                      \
+    template <typename T>                                                                                               \
+    __device__ __forceinline__ void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) { \
+        if constexpr (same<T, half_t>)                                                                                  \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                         \
+                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                           \
+                         "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.f16.f16 {" D "}, {" A "}, rows"             \
+                         ", p, 1, 1, 0;\n\t}"                                                                           \
+                         : __VA_ARGS__                                                                                  \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                               \
+        else                                                                                                            \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                         \
+                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                           \
+                         "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.bf16.bf16 {" D "}, {" A "}, rows"           \
+                         ", p, 1, 1, 0;\n\t}"                                                                           \
+                         : __VA_ARGS__                                                                                  \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                               \
+    }
+#define NYBBLE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+NYBBLE_WGMMA(8, 4, "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", "%9", NYBBLE_D4(0))
+NYBBLE_WGMMA(16, 8, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", NYBBLE_D4(0), NYBBLE_D4(4))
+NYBBLE_WGMMA(32, 16, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12))
+NYBBLE_WGMMA(64, 32,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
+             "%32,%33,%34,%35", "%36", "%37", NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16),
+             NYBBLE_D4(20), NYBBLE_D4(24), NYBBLE_D4(28))
+#undef NYBBLE_D4
+#undef NYBBLE_WGMMA
