@@ -31,6 +31,7 @@ static void barrier_arrive(Barrier* at, int rank) {
     --phases(at, rank).pending;
     phases(at, rank).settle();
 }
+static void barrier_arrive(Barrier* at) { barrier_arrive(at, self->block->rank); }
 static void barrier_wait(Barrier* at, int parity) {
     while (phases(at).phase % 2 == parity) swapcontext(&self->context, &scheduler);
 }
@@ -41,4 +42,11 @@ static void send(float* to, float a, float b, float c, float d, Barrier* at, int
     std::memcpy(shared_at(self->block->cluster->blocks[rank], address, 16), values, 16);
     --phases(at, rank).sixteens;
     phases(at, rank).settle();
+}
+static void copy_bulk(void* to_shared, const void* from, int bytes, Barrier* at) {
+    const size_t address = __cvta_generic_to_shared(to_shared);
+    if (address % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("a misaligned bulk copy");
+    std::memcpy(shared_at(*self->block, address, bytes), from, bytes);
+    phases(at).sixteens -= bytes / 16;
+    phases(at).settle();
 }

@@ -18,6 +18,7 @@ template <int BYTES> static void copy_async(void* to_shared, const void* from, b
 }
 static void commit_copies() {}
 template <int PENDING> static void wait_copies() {}
+static void wait_copies(int) {}
 static uint4 load_streaming(const uint4* from) {
     aligned(from);
     return *from;

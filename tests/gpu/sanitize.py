@@ -19,6 +19,7 @@ from nybble.ops.case import Case
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.w4a16.cases import W4A16Case
 
+FEW = ("stream", "wgmma")  # the second on Hopper
 CASES: tuple[tuple[Case, str], ...] = (
     *((NormCase(f, 3, hidden, torch.float16), "cuda") for f in FUNCTIONS for hidden in (72, 2561, 8192)),
     *((NormCase(f, 2, 65536, torch.float32), "cuda") for f in ("add_dual_layernorm", "rmsnorm")),
@@ -28,10 +29,11 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((NormCase(f, 3, hidden, torch.float16), "triton") for f in FUNCTIONS for hidden in (72, 2561, 20000)),
     *((W4A16Case(m, 136, 520, 64), "mma") for m in (1, 9, 17, 33, 70)),
     *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "mma") for m in (1, 9, 17, 33, 70)),
-    *((W4A16Case(m, 136, 520, 64), "stream") for m in (1, 3, 8, 16, 33, 64)),
-    *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "stream") for m in (1, 9, 33, 64)),
-    *((W4A16Case(m, 128, 512, 64, bias=True, norm="layernorm"), "stream") for m in (1, 16)),
-    (W4A16Case(3, 384, 256, 64, activation="silu_mul", residual=True), "stream"),
+    *((W4A16Case(m, 136, 520, 64), v) for m in (1, 3, 8, 16, 33, 64) for v in FEW),
+    *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), v) for m in (1, 9, 33, 64) for v in FEW),
+    *((W4A16Case(m, 128, 512, 64, bias=True, norm="layernorm"), v) for m in (1, 16) for v in FEW),
+    *((W4A16Case(3, 384, 256, 64, activation="silu_mul", residual=True), v) for v in FEW),
+    *((W4A16Case(m, 12288, 512), "wgmma") for m in (1, 16, 32, 64)),  # several tiles a worker
 )
 
 

@@ -323,22 +323,55 @@ def test_opcheck_around_the_product() -> None:
     torch.library.opcheck(torch.ops.nybble.w4a16.default, arguments)
 
 
+def _runs(variant: str) -> None:
+    card = current()
+    assert card is not None
+    if variant == "wgmma" and card.capability != (9, 0):
+        pytest.skip("wgmma is of Hopper only")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 9, 16, 17, 33, 64])
-def test_stream_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
-    for n, k, group_size in ((256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1)):
-        case = W4A16Case(m, n, k, group_size, dtype, symmetric=False, act_order=k == 200, bias=True)
-        check_case(case, "cuda", variant="stream")
+@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+def test_kernels_for_few_rows(variant: str, m: int, dtype: torch.dtype) -> None:
+    _runs(variant)
+    for n, k, group_size in (
+        (256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1), (12288, 4096, 128), (4160, 2048, 256),
+    ):  # fmt: skip
+        case = W4A16Case(m, n, k, group_size, dtype, symmetric=n % 64 == 0, act_order=k == 200, bias=n % 64 != 0)
+        check_case(case, "cuda", variant=variant)
 
 
-def test_stream_reads_a_weight_that_was_just_written() -> None:
-    """It asks for weights before the previous kernel is complete, unless that may have written them."""
+@pytest.mark.parametrize("m", [1, 7, 16, 30, 64])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+def test_kernels_for_few_rows_with_all_around(variant: str, norm: str, m: int) -> None:
+    _runs(variant)
+    for n, k, activation in ((4096, 4096, "gelu"), (384, 1024, "silu_mul"), (2048, 11008, "gelu_tanh"), (256, 328, "")):
+        case = W4A16Case(m, n, k, 64, bias=True, norm=norm, activation=activation, residual=True, act_order=k == 328)
+        check_case(case, "cuda", variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+def test_the_same_bits_from_run_to_run(variant: str) -> None:
+    _runs(variant)
+    for m, n, k in ((1, 4096, 4096), (16, 12288, 4096), (33, 4096, 8192)):
+        case = W4A16Case(m, n, k)
+        inputs = case.make("cuda")
+        want = case.run(inputs, variant)[0].clone()
+        assert all(torch.equal(case.run(inputs, variant)[0], want) for _ in range(50))
+
+
+@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+def test_a_weight_that_was_just_written(variant: str) -> None:
+    """Both kernels ask for weights before the previous kernel is complete, unless that may have written them."""
+    _runs(variant)
     case = W4A16Case(1, 4096, 4096)
     first, second = case.make("cuda", 0), case.make("cuda", 1)
-    want = [case.run(replace(first, weight=inputs.weight), "stream")[0].clone() for inputs in (first, second)]
+    want = [case.run(replace(first, weight=inputs.weight), variant)[0].clone() for inputs in (first, second)]
     weight = replace(first.weight, qweight=first.weight.qweight.clone(), scales=first.weight.scales.clone())
     for _ in range(20):
         for source, expected in zip((second, first), reversed(want), strict=True):
             weight.qweight.copy_(source.weight.qweight)
             weight.scales.copy_(source.weight.scales)
-            assert torch.equal(case.run(replace(first, weight=weight), "stream")[0], expected)
+            assert torch.equal(case.run(replace(first, weight=weight), variant)[0], expected)

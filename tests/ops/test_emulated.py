@@ -13,7 +13,7 @@ from nybble.ops.norm import op as norm_op
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.w4a16 import op as linear_op
 from nybble.ops.w4a16.cases import EPS, W4A16Case
-from nybble.ops.w4a16.cost import stream_shape
+from nybble.ops.w4a16.cost import stream_shape, wgmma_shape
 from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import H200
 
@@ -80,41 +80,61 @@ def test_mma() -> None:
     within(case, inputs, (y,))
 
 
-# Rows, features, group, dtype, symmetric, act-order, bias, dtype of the scales, norm, activation, residual.
+# What both kernels for few rows are tested on, and with how many workers.
+FEW: list[tuple[W4A16Case, int]] = [
+    (W4A16Case(1, 128, 1024), 2),
+    (W4A16Case(1, 72, 200, 32), 2),  # a chunk that is not full, a strip past the end
+    (W4A16Case(3, 136, 328, 16, symmetric=False, act_order=True, bias=True), 3),
+    (W4A16Case(5, 128, 320, 64, bias=True, norm="layernorm"), 2),
+    (W4A16Case(9, 64, 192, 64, norm="layernorm"), 1),  # blocks of the cluster with nothing to do
+    (W4A16Case(1, 128, 256, bias=True, activation="gelu", residual=True), 2),
+    (W4A16Case(7, 128, 256, dtype=BRAIN, bias=True, activation="gelu_tanh", residual=True), 2),
+    (W4A16Case(3, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 5),
+    (W4A16Case(1, 128, 256, symmetric=False, scale_dtype=FLOAT), 4),
+]
+# With constants other than the cost model's.
 STREAMED: list[tuple[W4A16Case, int, dict[str, int]]] = [
-    (W4A16Case(1, 128, 1024), 2, {}),
-    (W4A16Case(1, 72, 200, 32), 2, {"SLICES": 2, "AHEAD": 2}),  # a chunk that is not full, a strip past the end
-    (W4A16Case(3, 136, 328, 16, symmetric=False, act_order=True, bias=True), 3, {}),
+    *((case, workers, {}) for case, workers in FEW),
+    (W4A16Case(1, 72, 200, 32), 2, {"SLICES": 2, "AHEAD": 2}),
     (W4A16Case(8, 200, 712, 64, BRAIN, symmetric=False, bias=True), 3, {"CLUSTER": 2}),
     (W4A16Case(13, 512, 1024), 1, {"CLUSTER": 4}),
     (W4A16Case(16, 136, 456, 64, BRAIN, act_order=True, scale_dtype=HALF), 1, {}),
     (W4A16Case(61, 256, 512, 32), 1, {"WARPS_N": 4}),
     (W4A16Case(40, 128, 256, 128), 1, {"TILE_M": 32, "WARPS_N": 2, "BUFFERS": 1}),  # two tiles of rows
-    (W4A16Case(5, 128, 320, 64, bias=True, norm="layernorm"), 2, {}),
     (W4A16Case(2, 128, 840, 128, act_order=True, norm="rmsnorm"), 3, {"CLUSTER": 8, "SLICES": 2}),
-    (W4A16Case(9, 64, 192, 64, norm="layernorm"), 1, {}),  # blocks of the cluster with nothing to do
-    (W4A16Case(1, 128, 256, bias=True, activation="gelu", residual=True), 2, {}),
-    (W4A16Case(7, 128, 256, dtype=BRAIN, bias=True, activation="gelu_tanh", residual=True), 2, {}),
-    (W4A16Case(3, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 5, {}),
     (W4A16Case(16, 512, 256, 64, norm="rmsnorm", activation="silu_mul"), 2, {"WARPS_N": 4}),
-    (W4A16Case(1, 128, 256, symmetric=False, scale_dtype=FLOAT), 4, {}),
+]
+COPIED: list[tuple[W4A16Case, int, dict[str, int]]] = [
+    *((case, workers, {}) for case, workers in FEW),
+    (W4A16Case(8, 200, 712, 64, BRAIN, symmetric=False, bias=True), 1, {"TEAMS": 2, "SLICES": 2}),
+    (W4A16Case(13, 320, 1024, 256), 1, {"SLICES": 3, "AHEAD": 2, "BUFFERS": 1}),
+    (W4A16Case(16, 136, 456, 64, BRAIN, act_order=True, scale_dtype=HALF), 2, {"CLUSTER": 4}),
+    (W4A16Case(61, 256, 512, 32), 1, {"CLUSTER": 8, "SUM_ROWS": 16}),
+    (W4A16Case(40, 128, 256, -1), 1, {"TILE_M": 32, "SUM_ROWS": 16, "BUFFERS": 1}),  # two tiles of rows
+    (W4A16Case(2, 128, 840, 128, act_order=True, norm="rmsnorm"), 3, {"CLUSTER": 4}),
+    (W4A16Case(16, 512, 256, 64, norm="rmsnorm", activation="silu_mul"), 2, {"TEAMS": 2, "SLICES": 2}),
+    (W4A16Case(5, 64, 448, 16, symmetric=False, norm="rmsnorm"), 1, {"SLICES": 2}),  # half a unit at the end
 ]
 
 
-def stream(case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()) -> None:
-    """Run ``stream.cu`` on a case with some workers, and some constants other than the cost model's."""
+def few(
+    variant: str, case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()
+) -> None:
+    """Run a kernel for few rows on a case with some workers, and some constants other than the cost model's."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
-    chosen = stream_shape(spec, H200)
+    chosen = wgmma_shape(spec, H200) if variant == "wgmma" else stream_shape(spec, H200)
     assert isinstance(chosen, dict)
-    config = chosen | {"SHARED": 200_000} | changed
+    config = chosen | {"SHARED": 227 << 10} | changed
     weight, norm, tile, cluster = inputs.weight, inputs.norm, config["TILE_M"], config["CLUSTER"]
-    features = 16 * config["WARPS_N"] * config["STRIPS"]
+    if variant == "wgmma":
+        features, threads = 64 * config["TEAMS"], 128 * config["TEAMS"] * config["SLICES"] + 32
+    else:
+        features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
     out = case.n // 2 if case.activation == "silu_mul" else case.n
     y = torch.full((case.m, out), float("nan"), dtype=case.dtype)
     grid = (min(workers, -(-case.n // features)) * cluster, -(-case.m // tile), 1)
     emulate.launch(
-        linear_op.source(spec, Candidate("stream", tuple(config.items()))), "q" * 10 + "nd",
-        grid, 32 * config["WARPS_N"] * config["SLICES"],
+        linear_op.source(spec, Candidate(variant, tuple(config.items()))), "q" * 10 + "nd", grid, threads,
         inputs.x, *weight.tensors, inputs.bias, inputs.residual,
         norm and norm.weight, norm and norm.bias, y, case.m, EPS,
         shared_bytes=config["SHARED"], cluster=cluster,
@@ -128,9 +148,15 @@ def stream(case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple
 
 @pytest.mark.parametrize(("case", "workers", "changed"), STREAMED, ids=lambda value: str(value)[:80])
 def test_stream(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
-    stream(case, workers, changed)
+    few("stream", case, workers, changed)
+
+
+@pytest.mark.parametrize(("case", "workers", "changed"), COPIED, ids=lambda value: str(value)[:80])
+def test_wgmma(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
+    few("wgmma", case, workers, changed)
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
-def test_stream_splits_its_result(splits: tuple[int, ...]) -> None:
-    stream(W4A16Case(3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
+@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
+    few(variant, W4A16Case(3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)

@@ -17,7 +17,7 @@ from nybble.ops.w4a16 import cost, op
 from nybble.ops.w4a16.cases import W4A16Case
 from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.errors import UnsupportedError
-from nybble.runtime.hardware import H200
+from nybble.runtime.hardware import A100, H200
 
 SMALL = W4A16Case(3, 72, 200, 32, torch.float16, symmetric=False)
 
@@ -75,7 +75,7 @@ def test_bad_input_is_named() -> None:
         (ValueError, r"bias: expected shape \[out_features\] = \[72\], got \[8\]", {"bias": torch.zeros(8).half()}),
         (TypeError, "weight: expected a nybble.PackedWeight, got Tensor", {"weight": x}),
         (ValueError, "weight.qweight: expected device meta, that of x, got cpu", {"x": x.to("meta")}),
-        (ValueError, r"variant: expected 'auto' or one of \['mma', 'stream', 'reference'\]", {"variant": "marlin"}),
+        (ValueError, r"variant: expected 'auto' or one of \['mma', 'wgmma', 'stream', 'reference'\]", {"variant": "marlin"}),
         (UnsupportedError, "mma: no CUDA device", {"variant": "mma"}),
     ]  # fmt: skip
     for error, message, change in bad:
@@ -124,8 +124,12 @@ def test_compiles_whole_with_dynamic_rows() -> None:
 
 def test_choice_is_pure_and_says_why() -> None:
     spec = W4A16Case(1, 4096, 4096).spec()
-    pick = cost.choose(spec, H200).pick
-    assert (pick.variant, dict(pick.config)) == ("mma", {"TILE_M": 8, "SLICES": 8})
+    picks = [cost.choose(spec._replace(m=m), H200).pick.variant for m in (1, 2, 16, 64, 128)]
+    assert picks == ["stream", "wgmma", "wgmma", "wgmma", "mma"]
+    assert cost.choose(spec._replace(n=12288), H200).pick.variant == "wgmma"
+    assert [cost.choose(spec._replace(m=m), A100).pick.variant for m in (1, 128)] == ["stream", "mma"]
+    pick = cost.choose(spec._replace(variant="mma"), H200).pick
+    assert dict(pick.config) == {"TILE_M": 8, "SLICES": 8}
     assert dict(cost.choose(spec._replace(m=4096), H200).pick.config)["TILE_M"] == 64
     single = cost.choose(spec._replace(dtype=torch.float32), H200)
     assert single.pick.variant == "reference"
@@ -251,7 +255,7 @@ def test_bad_input_around_the_product_is_named() -> None:
         with pytest.raises(error, match=message):
             nybble.w4a16_linear(inputs.x, inputs.weight, **{**given, **change})
     with pytest.raises(
-        ValueError, match=r"variant: expected 'auto' or one of \['mma', 'stream', 'reference'\], got 'composed'"
+        ValueError, match=r"variant: expected 'auto' or one of \['mma', 'wgmma', 'stream', 'reference'\], got 'composed'"
     ):
         nybble.w4a16_linear(inputs.x, inputs.weight, variant="composed")
     arguments = (inputs.x, *inputs.weight.tensors, None, 512, 128, 64, "auto")

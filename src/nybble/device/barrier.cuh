@@ -28,10 +28,15 @@ __device__ __forceinline__ void barrier_arrive(Barrier* at, int rank) {
                  : "memory");
 }
 
+// One arrival at this block's own.
+__device__ __forceinline__ void barrier_arrive(Barrier* at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(at))) : "memory");
+}
+
 // Until the phase of this parity is complete; phases count from 0. PTX ISA, "mbarrier.try_wait".
 __device__ __forceinline__ void barrier_wait(Barrier* at, int parity) {
     asm volatile("{\n\t.reg .pred done;\n\tagain:\n\t"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
                  "@!done bra again;\n\t}" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(parity)
                  : "memory");
 }
@@ -44,5 +49,14 @@ __device__ __forceinline__ void send(float* to, float a, float b, float c, float
                  "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1,%2,%3,%4}, [count];\n\t}" ::"r"(
                      static_cast<unsigned>(__cvta_generic_to_shared(to))),
                  "f"(a), "f"(b), "f"(c), "f"(d), "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank)
+                 : "memory");
+}
+
+// `bytes` from global memory, counted on a barrier of this block; addresses and bytes are multiples of 16. One thread asks.
+// PTX ISA, "cp.async.bulk".
+__device__ __forceinline__ void copy_bulk(void* to_shared, const void* from, int bytes, Barrier* at) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to_shared))),
+                 "l"(from), "r"(bytes), "r"(static_cast<unsigned>(__cvta_generic_to_shared(at)))
                  : "memory");
 }

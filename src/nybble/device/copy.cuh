@@ -25,6 +25,14 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// The same for a number that is a constant only once a loop is unrolled; up to 3.
+__device__ __forceinline__ void wait_copies(int pending) {
+    if (pending == 0) wait_copies<0>();
+    else if (pending == 1) wait_copies<1>();
+    else if (pending == 2) wait_copies<2>();
+    else wait_copies<3>();
+}
+
 // 16 bytes read once: past L1, where they would only push out what is read again. PTX ISA, "ld.global.nc".
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) {
     uint4 v;

@@ -107,6 +107,12 @@ class Plan:
             )
         return None
 
+    def clusters_at_once(self) -> int:
+        """Clusters of the kernel that run at the same time; a device's SMs are in groups, which a cluster never leaves."""
+        with torch.cuda.device(self.device):
+            config = self._config((self.cluster, 1, 1), 0, alone=True)
+            return int(self._done(self._driver.cuOccupancyMaxActiveClusters(self._function, config)))
+
     def _slot(self) -> _Slot:
         values = ctypes.create_string_buffer(self._struct.size)
         start, count = ctypes.addressof(values), self._struct.size // 8

@@ -19,8 +19,15 @@ thread) spill, four do not; at TILE_M 32 and group_size 32 four (128 registers) 
 LAUNCH_US, STREAM, MATHS = 5.5, 2.45, 0.24
 """Fitted to results/h200/w4a16.jsonl: start and end of a call in us; how many times longer than a plain read the
 weights take; the part of the fp16 rate that many rows reach."""
-AROUND_US = 3.0
-"""Start and end of a kernel of the composition; a guess."""
+AROUND_US = 1.5
+"""A kernel of the composition: what a norm of few rows takes as one node of a graph after another (1.2 to 1.5 us)."""
+WGMMA: tuple[tuple[int, float, float], ...] = ((8, 1.9, 1.10), (16, 3.3, 1.22), (32, 4.4, 1.59), (64, 6.0, 2.80))
+"""(TILE_M, us of a call, how many times longer than a plain read the weights take) of wgmma.cu. Beyond 32 rows the blocks of a
+cluster exchange more sums than weights."""
+FEW: tuple[tuple[int, float, float], ...] = ((1, 0.9, 1.55), (2, 1.4, 1.6), (4, 2.0, 1.7), (8, 3.0, 1.9), (16, 4.2, 2.1), (64, 9.0, 5.0))
+"""The same of stream.cu, measured at 1, 16 and 64 rows and guessed between."""
+PAIRS = 66
+"""Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
 
 class Spec(NamedTuple):
@@ -54,6 +61,11 @@ class Spec(NamedTuple):
     residual: bool = False
     norm_bias: bool = False
     splits: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> Spec:
+        """The request for the product alone."""
+        return self._replace(variant="auto", norm="", activation="", residual=False, norm_bias=False, splits=())
 
     @property
     def around(self) -> int:
@@ -101,13 +113,69 @@ def stream_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     )
 
 
-def _stream(spec: Spec, hardware: Hardware) -> Candidate:
-    config = stream_shape(spec, hardware)
+def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
+    """The constants of ``wgmma.cu`` for a request, or why it can't run it."""
+    pairs, size = spec.activation == "silu_mul", spec.group_size
+    if hardware.capability != (9, 0):
+        return "needs the wgmma of compute capability 9.0"
+    if spec.m > 64:
+        return "for at most 64 rows"
+    if size not in (16, 32, 64) and size % 128 and size < spec.k:
+        return f"group_size {size} is neither 16, 32, 64 nor a multiple of 128"
+    if pairs and spec.n % 64:
+        return f"silu_mul pairs strips of 16 features, copied two by two: N must be a multiple of 64, not {spec.n}"
+    tile, chunks = max(8, spec.m), math.ceil(spec.k / 64)
+    parts = 128 // size if size < min(128, spec.k) else 1
+    once = math.ceil(spec.n / 64) <= PAIRS
+    # (TEAMS, SLICES, CLUSTER, AHEAD, BUFFERS), best first: the first that fits is taken. Small clusters, as 66 of two
+    # fit where 30 of four and 15 of eight do; 64 features a block, as a stage is then one copy of 16 KB.
+    forms: list[tuple[int, int, int, int, int]] = []
+    if tile == 8:
+        if once:
+            forms += [(1, 3, 2, 4, 2)] if spec.k <= 8192 else []
+        elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4096 and not pairs:
+            forms += [(1, 2, 2, 3, 2)]  # three blocks an SM
+        forms += [(1, 4, 2, 4, 2), (1, 4, 2, 3, 2)]
+    elif tile == 16:
+        forms += [(1, 3, 2, 3, 1)] if once and spec.k <= 8192 else []
+        forms += [(1, 4, 2, 3 if spec.k <= 4096 else 4, 2), (1, 4, 2, 3, 1), (2, 2, 4, 4, 2)]
+    elif tile == 32:
+        forms += [(1, 3, 2, 3, 1)] if once else []
+        forms += [(1, 3, 2, 4, 2), (1, 3, 2, 3, 1), (2, 2, 4, 4, 2)]
+    else:
+        forms += [(3, 1, 4, 4, 2)] if not pairs and parts == 1 else []
+        forms += [(2, 1, 4, 4, 2), (2, 1, 4, 3, 2)]
+    if tile < 64:
+        forms += [(2, 2, 4, 3, 1), (2, 2, 4, 2, 1), (4, 1, 8, 3, 1), (4, 1, 8, 2, 1)]
+    forms += [(2, 1, 8, 4, 2), (2, 1, 8, 3, 2), (4, 1, 8, 2, 1)]
+    for teams, slices, cluster, ahead, buffers in forms:
+        if parts >= 4 and slices == 4:
+            slices = 3  # 17 warps leave 96 registers a thread, and small groups need more
+        if pairs and 4 * teams // cluster % 2:
+            continue
+        units, at_once = math.ceil(chunks / (2 * cluster)), min(tile, 16 if teams == 3 else 32)
+        stage = teams * slices * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
+        sums = buffers * slices * at_once * 64 * teams + (cluster * tile * 4 if spec.norm else 0)
+        shared = 2 * units * tile * 128 + ahead * stage + 4 * sums + (2 * ahead + 2 * buffers + 1) * 8
+        if shared <= hardware.shared_bytes:
+            return {
+                "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
+                "SUM_ROWS": at_once, "BUFFERS": buffers, "BLOCKS": 1, "SHARED": shared,
+            }  # fmt: skip
+    return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
+
+
+def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
+    """The kernel that has everything around the product in it."""
+    config = wgmma_shape(spec, hardware) if variant == "wgmma" else stream_shape(spec, hardware)
     if isinstance(config, str):
-        return Candidate("stream", (), None, config, refused=True)
-    features = 16 * config["STRIPS"] * config["WARPS_N"]
+        return Candidate(variant, (), None, config, refused=True)
+    start, slower = next((us, times) for rows, us, times in (WGMMA if variant == "wgmma" else FEW) if spec.m <= rows)
+    turns = spec.n / (64 * PAIRS)  # of all pairs of SMs; the last one is as long when it is not full
+    memory = spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) * max(1.0, math.ceil(turns) / turns / 1.03)
+    features = 64 * config["TEAMS"] if variant == "wgmma" else 16 * config["STRIPS"] * config["WARPS_N"]
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
-    return Candidate("stream", tuple(config.items()), None, f"{reason}; no rows yet to predict from, so never chosen")
+    return Candidate(variant, tuple(config.items()), start + slower * memory, reason)
 
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
@@ -126,7 +194,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     elif spec.dtype not in HALF:
         reason = f"needs float16 or bfloat16 activations, got {spec.dtype}"
     if reason or hardware is None:
-        names = ("mma", "stream", "composed") if spec.around else ("mma", "stream")
+        names = ("mma", "wgmma", "stream", "composed") if spec.around else ("mma", "wgmma", "stream")
         return [*(Candidate(name, (), None, reason, refused=True) for name in names), reference]
     tile, slices, slower = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
     slices = min(slices, 4) if spec.perm else slices
@@ -135,14 +203,16 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     reason = f"{tile} rows x 64 features a block, {slices} slices along K"
     config = (("TILE_M", tile), ("SLICES", slices))
     mma = Candidate("mma", config, LAUNCH_US + max(memory, maths), reason)
+    whole = [_whole(spec, hardware, "wgmma"), _whole(spec, hardware, "stream")]
     if not spec.around:
-        return [mma, _stream(spec, hardware), reference]
+        return [mma, *whole, reference]
     # Each kernel around the product starts, and moves about one tensor in and one out.
     moved = 2 * spec.m * max(spec.n, spec.k) * spec.dtype.itemsize / (read * 1e6)
-    us = LAUNCH_US + max(memory, maths) + spec.around * (AROUND_US + moved)
-    reason = f"the product alone and {spec.around} kernels around it"
+    plain = choose(spec.plain, hardware).pick
+    us = (plain.us or 0.0) + spec.around * (AROUND_US + moved)
+    reason = f"the product alone ({plain.variant}) and {spec.around} kernels around it"
     refused = Candidate("mma", (), None, "no prologue or epilogue; composed instead", refused=True)
-    return [refused, _stream(spec, hardware), Candidate("composed", (), us, reason), reference]
+    return [refused, *whole, Candidate("composed", (), us, reason), reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

@@ -24,8 +24,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
-KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "stream")}
-PARAMETERS = {"mma": "8q", "stream": "11qd"}
+KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "stream")}
+PARAMETERS = {"mma": "8q", "wgmma": "11qd", "stream": "11qd"}
 
 _INF = float("inf")
 _MAX_TEMPLATES = 1024
@@ -75,7 +75,7 @@ class Ready(NamedTuple):
     Attributes:
         plan: the kernel.
         tile_m: rows a block. across: blocks side by side along the output features.
-        whole: it is ``stream.cu``, with everything around the product in it.
+        whole: it is ``wgmma.cu`` or ``stream.cu``, with everything around the product in it.
         templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
             half the host time of `new_empty` with a shape, 0.6 us.
     """
@@ -350,7 +350,7 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
         ("PERM", spec.perm),
         ("BIAS", spec.bias),
     )
-    if candidate.variant == "stream":
+    if candidate.variant != "mma":
         split1, split2 = spec.splits or (spec.n, spec.n)
         constants += (
             ("NORM", ("", *NORMS).index(spec.norm)),
@@ -373,17 +373,21 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     if chosen.variant == "mma":
         plan = Plan(binary, PARAMETERS["mma"], device=device, threads=128 * config["SLICES"])
         return Ready(plan, config["TILE_M"], -(-spec.n // 64), False, {})
+    wgmma, cluster = chosen.variant == "wgmma", config["CLUSTER"]
+    # wgmma.cu has a warp more, that copies; its workers take tile after tile, so there are as many as run at once.
+    threads = 128 * config["TEAMS"] * config["SLICES"] + 32 if wgmma else 32 * config["WARPS_N"] * config["SLICES"]
     plan = Plan(
         binary,
-        PARAMETERS["stream"],
+        PARAMETERS[chosen.variant],
         device=device,
-        threads=32 * config["WARPS_N"] * config["SLICES"],
+        threads=threads,
         shared_bytes=config["SHARED"],
-        cluster=config["CLUSTER"],
+        cluster=cluster,
         overlap=card.capability >= (9, 0),
     )
-    across = -(-spec.n // (16 * config["WARPS_N"] * config["STRIPS"])) * config["CLUSTER"]
-    return Ready(plan, config["TILE_M"], across, True, {})
+    tiles = -(-spec.n // (64 * config["TEAMS"] if wgmma else 16 * config["WARPS_N"] * config["STRIPS"]))
+    workers = min(tiles, plan.clusters_at_once()) if wgmma else tiles
+    return Ready(plan, config["TILE_M"], workers * cluster, True, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out
@@ -526,8 +530,8 @@ def w4a16_linear(
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
-        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"stream"`` (all of it, few
-            rows) or ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
+        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"wgmma"`` (all of it, at
+            most 64 rows, Hopper), ``"stream"`` (the same on other GPUs) or ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
             product.
 
     Returns:

@@ -25,15 +25,17 @@
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "dependent.cuh"
+#include "epilogue.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
+#include "moments.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 
 static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
 static_assert(GROUP % 16 == 0 || GROUP >= K, "a group is a multiple of 16 input features, or all of them");
 static_assert(TILE_M <= 4 || (TILE_M % 8 == 0 && TILE_M <= 64), "a tile has 1 to 4 or 8 to 64 rows");
-static_assert(ACT != 3 || (STRIPS % 2 == 0 && N % 32 == 0), "silu_mul pairs strips of the two halves");
+static_assert(ACT != SILU_MUL || (STRIPS % 2 == 0 && N % 32 == 0), "silu_mul pairs strips of the two halves");
 static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
 constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64;
@@ -42,8 +44,8 @@ constexpr int STEPS = GROUP >= 64 || GROUP >= K ? 4 : GROUP / 16;  // of 16 feat
 static_assert(4 % STEPS == 0, "a chunk of 64 features holds a whole number of groups");
 constexpr int SCALES = 4 / STEPS;  // groups of a chunk
 constexpr int THREADS = 32 * WARPS_N * SLICES;
-constexpr int BLOCK_N = 16 * STRIPS * WARPS_N, BLOCK_OUT = ACT == 3 ? BLOCK_N / 2 : BLOCK_N;
-constexpr int N_OUT = ACT == 3 ? N / 2 : N;
+constexpr int BLOCK_N = 16 * STRIPS * WARPS_N, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
+constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
 constexpr int TILES = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
 constexpr int RANGE = (K64 + CLUSTER - 1) / CLUSTER;  // chunks of a block
 // Chunks of a slice in a tile, and as many turns of the ring of AHEAD as they need.
@@ -99,7 +101,7 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) {
             int strip;
-            if constexpr (ACT == 3) {
+            if constexpr (ACT == SILU_MUL) {
                 constexpr int HALF = STRIPS / 2;
                 strip = (n_tile * WARPS_N + warp_n) * HALF + s % HALF + (s < HALF ? 0 : N / 32);
             } else {
@@ -193,24 +195,18 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
         if constexpr (CLUSTER > 1) cluster_sync();
         else __syncthreads();
         for (int row = warp; row < TILE_M; row += THREADS / 32) {
-            const float* at = statistics + row * 3;
-            auto of_rank = [&](int which, int r) { return CLUSTER > 1 ? cluster_load(at + which, r) : at[which]; };
-            const float centre = of_rank(0, 0);
-            float first = 0.0f, second = 0.0f;
-            for (int r = 0; r < CLUSTER; ++r) {
-                const int count = max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0);
-                const float apart = NORM == 1 ? of_rank(0, r) - centre : 0.0f, sum1 = of_rank(1, r);
-                first += sum1 + count * apart;
-                second += of_rank(2, r) + apart * (2.0f * sum1 + count * apart);
-            }
-            const float off = NORM == 1 ? first / K : 0.0f;
-            float variance = fmaxf(second / K - off * off, 0.0f);
-            if (isnan(second)) variance = second;
-            const float scale = rsqrtf(variance + static_cast<float>(eps));
+            const Normal normal = combine<CLUSTER, NORM == 1>(
+                K, static_cast<float>(eps),
+                [](int r) { return max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0); },
+                [&](int r) {
+                    const float* at = statistics + row * 3;
+                    if constexpr (CLUSTER == 1) return Moments{at[0], at[1], at[2]};
+                    else return Moments{cluster_load(at, r), cluster_load(at + 1, r), cluster_load(at + 2, r)};
+                });
             X* values = tile + row * X_STRIDE;
             for (int k = lane; k < width; k += 32) {
                 const int feature = PERM ? perm[begin * 64 + k] : begin * 64 + k;
-                float h = ((to_float(values[k]) - centre) - off) * scale * to_float(norm_weight[feature]);
+                float h = normal(to_float(values[k])) * to_float(norm_weight[feature]);
                 if constexpr (NORM_BIAS) h += to_float(norm_bias[feature]);
                 values[k] = from_float<X>(first_row + row < rows ? h : 0.0f);
             }
@@ -324,23 +320,18 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
                 }
             };
             float value[4];
-            if constexpr (ACT == 3) {
+            if constexpr (ACT == SILU_MUL) {
                 constexpr int WIDTH = STRIPS * 8;  // of a warp's gate features, and of its up features behind them
                 const int gate = column / WIDTH * 2 * WIDTH + column % WIDTH;
                 float up[4];
                 add_up(gate, feature, value);
                 add_up(gate + WIDTH, feature + N / 2, up);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] = value[e] / (1.0f + __expf(-value[e])) * up[e];
+                for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
             } else {
                 add_up(column, feature, value);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float v = value[e];
-                    if constexpr (ACT == 1) value[e] = 0.5f * v * (1.0f + erff(v * 0.70710678f));
-                    if constexpr (ACT == 2)
-                        value[e] = 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-                }
+                for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
             }
             if constexpr (RESIDUAL) {
                 float extra[4];
@@ -348,13 +339,8 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
 #pragma unroll
                 for (int e = 0; e < 4; ++e) value[e] += extra[e];
             }
-            X* to = y + m * N_OUT + feature;
-            if constexpr (ACT != 3 && SPLIT1 < N) {
-                to = feature < SPLIT1   ? y + m * SPLIT1 + feature
-                     : feature < SPLIT2 ? y + rows * SPLIT1 + m * (SPLIT2 - SPLIT1) + (feature - SPLIT1)
-                                        : y + rows * SPLIT2 + m * (N - SPLIT2) + (feature - SPLIT2);
-            }
-            store_vector(to, value);
+            if constexpr (ACT == SILU_MUL) store_vector(y + m * N_OUT + feature, value);
+            else store_vector(in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), value);
         }
         if constexpr (BUFFERS == 1) {  // the next tile writes the same place
             if constexpr (CLUSTER > 1) cluster_sync();

@@ -1,240 +1,257 @@
-// wgmma: the 4-bit linear as weights times activations, the weights being the tensor cores' register operand.
+// wgmma: the 4-bit linear for a batch of decode steps, the unpacked weights being the tensor cores' register operand; norm
+// before it and epilogue in one launch. stream.cu computes the same without Hopper's instructions.
 //
-// Computes      as stream.cu
-// Tensors       as stream.cu
-// Mapping       grid x: workers of CLUSTER blocks; a worker takes every (gridDim.x / CLUSTER)-th tile of BLOCK_N = 64 * TEAMS
-//               output features; its blocks split K. A block has TEAMS warpgroups; each owns 64 output features. grid y: TILE_M rows
+// Computes      y[m, n] = f(sum_k h[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
+//               h = x, or LayerNorm or RMSNorm of x over k, rounded to X. f: identity, gelu, gelu by tanh, or
+//               silu(first half of n) * second half. The weight is never rounded: q - zero is exact, sums are fp32
+// Tensors       as stream.cu: x: X [M, K]; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
+//               [N64, GROUPS, 32]; perm: int32 [K]; bias: X [N]; residual: X [M, N or N / 2]; norm_weight, norm_bias: X [K];
+//               y: X [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul;
+//               unused ones are null. N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
+// Layout        formats/tiles.py has the diagram. 64 output by 64 input features are 2 KB that follow each other along K, so
+//               that one bulk copy brings SLICES units; a warp's 512 bytes of them are its quarter of wgmma's A, 4 steps
+// Mapping       grid x: workers of CLUSTER blocks. A worker takes every (gridDim.x / CLUSTER)-th tile of 64 * TEAMS output
+//               features; its blocks split K. In a block a warpgroup has 64 of the tile's features and every SLICES-th unit
+//               of 128 input features of the block's range; one more warp asks for the weights. grid y: TILE_M rows
+// Shared memory x: [chunk of 64 features][TILE_M][64] X, swizzled, the block's range of K for all its tiles; the ring:
+//               AHEAD stages of a unit for every warpgroup, with its scales and zero points; sums: [BUFFERS][SOURCES][OWNED]
+//               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][TILE_M][4] float; barriers
+// Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
+//               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
+//               SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
+//               0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 64)
+// Roof          N * K / 2 bytes of weights up to about 32 rows; beyond, the exchange of sums
+// Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "dependent.cuh"
+#include "epilogue.cuh"
 #include "int4.cuh"
-#include "mma.cuh"
+#include "moments.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 #include "wgmma.cuh"
 
+static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
+static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
+static_assert(ACT != SILU_MUL || N % 64 == 0, "silu_mul copies pairs of strips of the two halves");
+static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
+
 constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64;
 constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
-// A unit is 128 input features: eight steps of the tensor cores, and the scales of PARTS groups.
+// A unit is 128 input features: eight steps of the tensor cores, and the scales of PARTS groups. Up to TOGETHER parts are
+// summed apart at once, as registers allow.
 constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;
-constexpr int TOGETHER = PARTS * TILE_M / 2 <= 32 ? PARTS : (64 / TILE_M > 1 ? 64 / TILE_M : 1);  // parts summed at once
-constexpr int THREADS = 128 * TEAMS * SLICES;
-constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == 3 ? BLOCK_N / 2 : BLOCK_N;
-constexpr int N_OUT = ACT == 3 ? N / 2 : N;
+constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
+constexpr int THREADS = 128 * TEAMS * SLICES;  // that compute; one more warp asks for the weights
+constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
+constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
 constexpr int TILES = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
-constexpr int UNITS = (K64 + 2 * CLUSTER - 1) / (2 * CLUSTER);  // of a block
-constexpr int RANGE = 2 * UNITS;                                // chunks of 64 features of a block
+constexpr int UNITS = (K64 + 2 * CLUSTER - 1) / (2 * CLUSTER), RANGE = 2 * UNITS;  // of a block: units, chunks of 64 features
 // Sums are exchanged SUM_ROWS rows at a time, in blocks of 8; of the tile's strips of 16 features every block of the
 // cluster adds up and stores OWNED.
 constexpr int PASSES = TILE_M / SUM_ROWS, PASS_BLOCKS = SUM_ROWS / 8;
 constexpr int OWNED = 4 * TEAMS / CLUSTER, SOURCES = CLUSTER * SLICES;
-static_assert(OWNED * CLUSTER == 4 * TEAMS && (ACT != 3 || OWNED % 2 == 0), "a block owns whole strips, with silu_mul pairs");
+static_assert(OWNED * CLUSTER == 4 * TEAMS && (ACT != SILU_MUL || OWNED % 2 == 0), "a block owns whole strips, with silu_mul pairs");
 
 constexpr int X_BYTES = RANGE * TILE_M * 128;
-constexpr int STAGE_SCALES = 2 * THREADS * 16, STAGE_ZEROS = STAGE_SCALES + PARTS * THREADS * 2 * sizeof(S);
-constexpr int STAGE = STAGE_ZEROS + (ZEROS ? PARTS * THREADS * 4 : 0);  // bytes of a unit in the ring
-constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128;               // floats
-constexpr int STATISTICS_BYTES = NORM ? CLUSTER * TILE_M * 16 : 0;
-constexpr int BYTES = X_BYTES + AHEAD * STAGE + BUFFERS * SUMS * 4 + STATISTICS_BYTES + (2 * BUFFERS + 1) * 8;
+constexpr int WEIGHT_BYTES = 4096, SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of a unit
+constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SLICES * SCALE_BYTES;
+constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
+constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? CLUSTER * TILE_M * 4 : 0;  // floats
+constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + (2 * AHEAD + 2 * BUFFERS + 1) * 8;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
-struct Scales {
-    unsigned word[sizeof(S) / 2];
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
 wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* __restrict__ scales,
-              const unsigned char* __restrict__ qzeros, const int* __restrict__ perm, const X* __restrict__ bias,
-              const X* __restrict__ residual, const X* __restrict__ norm_weight, const X* __restrict__ norm_bias,
-              X* __restrict__ y, long long rows, double eps) {
+             const unsigned char* __restrict__ qzeros, const int* __restrict__ perm, const X* __restrict__ bias,
+             const X* __restrict__ residual, const X* __restrict__ norm_weight, const X* __restrict__ norm_bias,
+             X* __restrict__ y, long long rows, double eps) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const tile = shared;
     unsigned char* const ring = shared + X_BYTES;
     float* const all_sums = reinterpret_cast<float*>(ring + AHEAD * STAGE);
-    float* const statistics = all_sums + BUFFERS * SUMS;
-    Barrier* const full = reinterpret_cast<Barrier*>(statistics + STATISTICS_BYTES / 4);
-    Barrier* const empty = full + BUFFERS;
-    Barrier* const measured = empty + BUFFERS;
+    float* const moments = all_sums + BUFFERS * SUMS;
+    Barrier* const filled = reinterpret_cast<Barrier*>(moments + MOMENTS);  // a stage of the ring
+    Barrier* const used = filled + AHEAD;
+    Barrier* const summed = used + AHEAD;  // a step's sums
+    Barrier* const stored = summed + BUFFERS;
+    Barrier* const measured = stored + BUFFERS;
 
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row8 = lane / 4;
-    const int warp_n = warp % (4 * TEAMS), slice = warp / (4 * TEAMS);
+    const int warp_n = warp % (4 * TEAMS), slice = warp / (4 * TEAMS), team = warp_n / 4;
     const int rank = cluster_rank();
     const int worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
     const long long first_row = static_cast<long long>(blockIdx.y) * TILE_M;
-    const int begin = rank * RANGE, end = min(begin + RANGE, K64);
     const int rows_here = static_cast<int>(min(static_cast<long long>(TILE_M), rows - first_row));
-    const int units = max((end - begin + 1) / 2, 0), mine = (units - slice + SLICES - 1) / SLICES;
+    const int begin = rank * RANGE, end = min(begin + RANGE, K64);
+    const int units = max((end - begin + 1) / 2, 0), stages = (units + SLICES - 1) / SLICES;  // a tile's
 
-    if (threadIdx.x == 0) {
+    // Phase 1: one warp asks for all weights, AHEAD stages of them before anything is waited for: no kernel writes them.
+    if (warp == THREADS / 32) {
+        int tile_asked = worker, stage = 0, slot = 0, turn = 0;
+        auto ask = [&] {
+            const int chunk = begin + stage * SLICES * 2, chunks = min(SLICES * 2, end - chunk);
+            // Rows of scales: one a group, or one a unit where a group is longer. Of the last unit maybe only half is there.
+            const int groups = PARTS == 1 ? (chunks + 1) / 2 : min((chunks + 1) / 2 * PARTS, GROUPS - chunk * 64 / GROUP);
+            auto group_of = [&](int i) {
+                if constexpr (GROUP >= K) return 0;
+                else return PARTS == 1 ? (chunk + 2 * i) * 64 / GROUP : chunk * 64 / GROUP + i;
+            };
+            Barrier* const at = filled + slot;
+            barrier_expect(at, TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
 #pragma unroll
-        for (int b = 0; b < BUFFERS; ++b) barrier_init(full + b, 1), barrier_init(empty + b, CLUSTER * THREADS / 32);
-        barrier_init(measured, 1);
-        if (NORM) barrier_expect(measured, CLUSTER * rows_here * 16);
-        barrier_init_done();
-    }
-
-    // Phase 1: the weights on their way, AHEAD units of them. Every lane copies what it will read itself, so the ring needs
-    // no barrier.
-    int asked_tile = worker, asked_unit = 0, asked_at = 0;
-    const uint4* words;
-    const S* tile_scales;
-    const unsigned char* tile_zeros;
-    auto turn_to = [&](int n_tile) {
-        int strip;
-        if constexpr (ACT == 3) strip = n_tile * TEAMS * 2 + warp_n / 2 + (warp_n % 2 == 0 ? 0 : N / 32);
-        else strip = n_tile * TEAMS * 4 + warp_n;
-        strip = min(strip, N64 * 4 - 1);
-        const long long block = strip / 4;
-        words = qweight + (block * K64 * 4 + (begin + slice * 2) * 4 + strip % 4) * 32 + lane;
-        tile_scales = scales + block * GROUPS * 64 + strip % 4 * 16 + row8 * 2;
-        tile_zeros = qzeros + block * GROUPS * 32 + strip % 4 * 8 + (row8 & 4);
-    };
-    unsigned char* const my_ring = ring + threadIdx.x * 16;
-    unsigned char* const my_scales = ring + STAGE_SCALES + threadIdx.x * 2 * sizeof(S);
-    unsigned char* const my_zeros = ring + STAGE_ZEROS + threadIdx.x * 4;
-    turn_to(worker);
-    auto ask = [&] {
-        if (asked_tile < TILES && mine > 0) {
-            const int chunk = begin + (asked_unit * SLICES + slice) * 2;
-            unsigned char* const to = my_ring + asked_at;
-            copy_async_16(to, words, true);
-            copy_async_16(to + THREADS * 16, words + 128, K64 % 2 == 0 || chunk + 1 < K64);
-            words += 256 * SLICES;
+            for (int t = 0; t < TEAMS; ++t) {
+                unsigned char* const weights = ring + slot * STAGE + t * SLICES * WEIGHT_BYTES;
+                unsigned char* const scale = ring + slot * STAGE + STAGE_SCALES + t * SLICES * SCALE_BYTES;
+                unsigned char* const zero = ring + slot * STAGE + STAGE_ZEROS + t * SLICES * ZERO_BYTES;
+                if constexpr (ACT == SILU_MUL) {
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
-                const int group = GROUP >= K ? 0 : (chunk * 64 + i * STEPS * 16) / GROUP;
-                const bool valid = K64 % 2 == 0 || GROUP >= 128 || group < GROUPS;
-                copy_async<2 * sizeof(S)>(my_scales + asked_at + i * THREADS * 2 * sizeof(S), tile_scales + group * 64, valid);
-                if constexpr (ZEROS) copy_async<4>(my_zeros + asked_at + i * THREADS * 4, tile_zeros + group * 32, valid);
+                    for (int half = 0; half < 2; ++half) {  // two strips of the first half of N, two of the second
+                        const int strip = min((tile_asked * TEAMS + t) * 2, N / 32 - 2) + half * (N / 32), in_block = strip % 4;
+                        const long long block = strip / 4;
+                        for (int c = 0; c < chunks; ++c)
+                            copy_bulk(weights + c * 2048 + half * 1024, qweight + ((block * K64 + chunk + c) * 4 + in_block) * 32, 1024, at);
+                        for (int i = 0; i < groups; ++i) {
+                            const long long row = block * GROUPS + group_of(i);
+                            copy_bulk(scale + (i * 64 + half * 32) * sizeof(S), scales + row * 64 + in_block * 16, 32 * sizeof(S), at);
+                            if constexpr (ZEROS) copy_bulk(zero + i * 32 + half * 16, qzeros + row * 32 + in_block * 8, 16, at);
+                        }
+                    }
+                } else {
+                    const long long block = min(tile_asked * TEAMS + t, N64 - 1);
+                    copy_bulk(weights, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
+                    constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
+                    for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
+                        const long long row = block * GROUPS + group_of(i);
+                        const int count = JOINED ? groups : 1;
+                        copy_bulk(scale + i * 64 * sizeof(S), scales + row * 64, count * 64 * sizeof(S), at);
+                        if constexpr (ZEROS) copy_bulk(zero + i * 32, qzeros + row * 32, count * 32, at);
+                    }
+                }
             }
-            if (++asked_unit == mine) {
-                asked_unit = 0;
-                asked_tile += workers;
-                if (asked_tile < TILES) turn_to(asked_tile);
-            }
+            if (++slot == AHEAD) slot = 0, ++turn;
+            if (++stage == stages) stage = 0, tile_asked += workers;
+        };
+        if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
+#pragma unroll
+            for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * THREADS / 32);
+            barrier_init(measured, 1);
+            barrier_init_done();
+            while (turn == 0 && tile_asked < TILES && units > 0) ask();
         }
-        commit_copies();
-        asked_at = asked_at == (AHEAD - 1) * STAGE ? 0 : asked_at + STAGE;
-    };
-#pragma unroll 1
-    for (int d = 0; d < AHEAD; ++d) ask();
+        __syncthreads();
+        cluster_arrive();
+        cluster_wait();
+        if (lane == 0 && units > 0)
+            while (tile_asked < TILES) {
+                barrier_wait(used + slot, (turn - 1) % 2);
+                ask();
+            }
+        return;
+    }
     for (int i = threadIdx.x; i < TILE_M * RANGE; i += THREADS) {
         const int row = i / RANGE, chunk = begin + i % RANGE;
-        if (first_row + row < rows && chunk < end) prefetch_l2(x + (first_row + row) * K + chunk * 64);
+        if (row < rows_here && chunk < end) prefetch_l2(x + (first_row + row) * K + chunk * 64);
     }
     __syncthreads();
+    if (NORM && threadIdx.x == 0) barrier_expect(measured, CLUSTER * rows_here * 16);
     cluster_arrive();  // this block's barriers are there
     wait_for_previous();
     allow_next();
 
-    // Phase 2: the block's range of x to shared memory, swizzled as the tensor cores read it.
+    // Phase 2: the block's range of x to shared memory, swizzled as the tensor cores read it. Rows that are not there stay
+    // what they were: a row of x reaches its own row of y only.
     auto piece_at = [&](int row, int column) {  // of eight features
         return reinterpret_cast<X*>(tile + (column / 64 * TILE_M + row) * 128 + ((column / 8 % 8) ^ (row % 8)) * 16);
     };
-    for (int piece = threadIdx.x; piece < TILE_M * RANGE * 8; piece += THREADS) {
-        const int row = piece / (RANGE * 8), column = piece % (RANGE * 8) * 8;
-        const int k = begin * 64 + column;
-        const bool valid = first_row + row < rows && k < K;
-        X* target = piece_at(row, column);
-        Vector<X, 8> gathered;
-        int from[8] = {};
-        if (PERM && valid) {
+    for (int piece = threadIdx.x; piece < rows_here * (RANGE * 8); piece += THREADS) {
+        const int row = piece / (RANGE * 8), column = piece % (RANGE * 8) * 8, k = begin * 64 + column;
+        const X* const from = x + (first_row + row) * K;
+        if constexpr (PERM) {
             // Act-order: the packed weights are sorted by group, so x is gathered instead. 2-byte loads, from L2.
-            *reinterpret_cast<int4*>(from) = *reinterpret_cast<const int4*>(perm + k);
-            *reinterpret_cast<int4*>(from + 4) = *reinterpret_cast<const int4*>(perm + k + 4);
-        }
+            Vector<X, 8> gathered;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) gathered.lane[e] = from_float<X>(0.0f);
-        if (valid) {
-            if constexpr (PERM) {
+            for (int e = 0; e < 8; ++e) gathered.lane[e] = from_float<X>(0.0f);
+            if (k < K) {
+                int order[8];
+                *reinterpret_cast<int4*>(order) = *reinterpret_cast<const int4*>(perm + k);
+                *reinterpret_cast<int4*>(order + 4) = *reinterpret_cast<const int4*>(perm + k + 4);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) gathered.lane[e] = x[(first_row + row) * K + from[e]];
-            } else {
-                gathered = *reinterpret_cast<const Vector<X, 8>*>(x + (first_row + row) * K + k);
+                for (int e = 0; e < 8; ++e) gathered.lane[e] = from[order[e]];
             }
+            *reinterpret_cast<Vector<X, 8>*>(piece_at(row, column)) = gathered;
+        } else {
+            copy_async_16(piece_at(row, column), k < K ? from + k : x, k < K);
         }
-        *reinterpret_cast<Vector<X, 8>*>(target) = gathered;
     }
-    if constexpr (NORM == 0) fence_async();
-    __syncthreads();
+    commit_copies();
     cluster_wait();
 
-    // Phase 3: the norm of the rows, in place. A block has a part of each row, the cluster the whole of it.
+    // Phase 3: the norm of the rows, in place. A block has a part of each row; the parts' moments are sent around.
     if constexpr (NORM > 0) {
+        wait_copies<0>();
+        sync_part(1, THREADS);
         const int width = max(min(end * 64, K) - begin * 64, 0);  // columns of this block
         for (int row = warp; row < rows_here; row += THREADS / 32) {
             float mean = 0.0f, first = 0.0f, second = 0.0f;
-            if constexpr (NORM == 1) {
+            auto over_row = [&](auto add) {
                 for (int k = lane * 8; k < width; k += 256) {
                     float value[8];
                     load_vector(piece_at(row, k), value);
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) mean += value[e];
+                    for (int e = 0; e < 8; ++e) add(value[e]);
                 }
+            };
+            if constexpr (NORM == 1) {
+                over_row([&](float v) { mean += v; });
                 mean = width > 0 ? warp_sum(mean) / width : 0.0f;
             }
-            for (int k = lane * 8; k < width; k += 256) {
-                float value[8];
-                load_vector(piece_at(row, k), value);
-#pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    const float deviation = value[e] - mean;
-                    first += deviation;
-                    second += deviation * deviation;
-                }
-            }
+            over_row([&](float v) { first += v - mean, second += (v - mean) * (v - mean); });
             first = warp_sum(first);
             second = warp_sum(second);
-            if (lane < CLUSTER) send(statistics + (rank * TILE_M + row) * 4, mean, first, second, 0.0f, measured, lane);
+            if (lane < CLUSTER) send(moments + (rank * TILE_M + row) * 4, mean, first, second, 0.0f, measured, lane);
         }
         barrier_wait(measured, 0);
         for (int row = warp; row < rows_here; row += THREADS / 32) {
-            auto of_rank = [&](int which, int r) { return statistics[(r * TILE_M + row) * 4 + which]; };
-            const float centre = of_rank(0, 0);
-            float first = 0.0f, second = 0.0f;
-#pragma unroll
-            for (int r = 0; r < CLUSTER; ++r) {
-                const int count = max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0);
-                const float apart = NORM == 1 ? of_rank(0, r) - centre : 0.0f, sum1 = of_rank(1, r);
-                first += sum1 + count * apart;
-                second += of_rank(2, r) + apart * (2.0f * sum1 + count * apart);
-            }
-            const float off = NORM == 1 ? first / K : 0.0f;
-            float variance = fmaxf(second / K - off * off, 0.0f);
-            if (isnan(second)) variance = second;
-            const float scale = rsqrtf(variance + static_cast<float>(eps));
+            const Normal normal = combine<CLUSTER, NORM == 1>(
+                K, static_cast<float>(eps),
+                [](int r) { return max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0); },
+                [&](int r) {
+                    const float4 of = *reinterpret_cast<const float4*>(moments + (r * TILE_M + row) * 4);
+                    return Moments{of.x, of.y, of.z};
+                });
             for (int k = lane * 8; k < width; k += 256) {
                 float value[8];
                 load_vector(piece_at(row, k), value);
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
                     const int feature = PERM ? perm[begin * 64 + k + e] : begin * 64 + k + e;
-                    float h = ((value[e] - centre) - off) * scale * to_float(norm_weight[feature]);
-                    if constexpr (NORM_BIAS) h += to_float(norm_bias[feature]);
-                    value[e] = h;
+                    value[e] = normal(value[e]) * to_float(norm_weight[feature]);
+                    if constexpr (NORM_BIAS) value[e] += to_float(norm_bias[feature]);
                 }
                 store_vector(piece_at(row, k), value);
             }
         }
-        fence_async();
-        __syncthreads();
     }
 
-    // Phase 6: a step's sums, SUM_ROWS rows of a tile, are all there: add them up in order, so that the result never
-    // depends on timing, and store. Four features a thread.
+    // Phase 6, of a step: SUM_ROWS rows of a tile. When all its sums are there, they are added up in order, so that the
+    // result never depends on timing, and stored. Four features a thread.
     const int passes = PASSES == 1 ? 1 : (rows_here + SUM_ROWS - 1) / SUM_ROWS;
     const int steps = (TILES - worker + workers - 1) / workers * passes;  // of this worker; it has at least one tile
     auto blocks_of = [&](int pass) { return min((rows_here + 7) / 8 - pass * PASS_BLOCKS, PASS_BLOCKS); };
     auto expect = [&](int step) {
-        if (threadIdx.x == 0 && step < steps) barrier_expect(full + step % BUFFERS, SOURCES * OWNED * 512 * blocks_of(step % passes));
+        if (threadIdx.x == 0 && step < steps) barrier_expect(summed + step % BUFFERS, SOURCES * OWNED * 512 * blocks_of(step % passes));
     };
     auto finish = [&](int step, int n_tile) {
         const int pass = step % passes, blocks = blocks_of(pass);
         const float* const sums = all_sums + step % BUFFERS * SUMS;
-        barrier_wait(full + step % BUFFERS, step / BUFFERS % 2);
+        barrier_wait(summed + step % BUFFERS, step / BUFFERS % 2);
         expect(step + BUFFERS);
-        constexpr int STRIPS_OUT = ACT == 3 ? OWNED / 2 : OWNED;
+        constexpr int STRIPS_OUT = ACT == SILU_MUL ? OWNED / 2 : OWNED;
         for (int piece = threadIdx.x; piece < STRIPS_OUT * blocks * 32; piece += THREADS) {
             const int strip = piece / 32 % STRIPS_OUT, block = piece / (32 * STRIPS_OUT);
             const int row = pass * SUM_ROWS + block * 8 + lane / 4, column = lane % 4 * 4;  // of the tile; of the strip
@@ -259,20 +276,16 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                 }
             };
             float value[4];
-            if constexpr (ACT == 3) {
+            if constexpr (ACT == SILU_MUL) {
                 float up[4];
                 add_up(strip * 2, feature, value);
                 add_up(strip * 2 + 1, feature + N / 2, up);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] = value[e] / (1.0f + __expf(-value[e])) * up[e];
+                for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
             } else {
                 add_up(strip, feature, value);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float v = value[e];
-                    if constexpr (ACT == 1) value[e] = 0.5f * v * (1.0f + erff(v * 0.70710678f));
-                    if constexpr (ACT == 2) value[e] = 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-                }
+                for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
             }
             if constexpr (RESIDUAL) {
                 float extra[4];
@@ -280,95 +293,104 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
 #pragma unroll
                 for (int e = 0; e < 4; ++e) value[e] += extra[e];
             }
-            X* to = y + m * N_OUT + feature;
-            if constexpr (ACT != 3 && SPLIT1 < N) {
-                to = feature < SPLIT1   ? y + m * SPLIT1 + feature
-                     : feature < SPLIT2 ? y + rows * SPLIT1 + m * (SPLIT2 - SPLIT1) + (feature - SPLIT1)
-                                        : y + rows * SPLIT2 + m * (N - SPLIT2) + (feature - SPLIT2);
-            }
-            store_vector(to, value);
+            if constexpr (ACT == SILU_MUL) store_vector(y + m * N_OUT + feature, value);
+            else store_vector(in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), value);
         }
         __syncwarp();
         // Not after the last steps: nobody waits for it, and the other block might be gone.
-        if (lane < CLUSTER && step + BUFFERS < steps) barrier_arrive(empty + step % BUFFERS, lane);
+        if (lane < CLUSTER && step + BUFFERS < steps) barrier_arrive(stored + step % BUFFERS, lane);
     };
 
     // Phase 4: the product, tile after tile.
     const unsigned x_rows = wgmma_rows(tile);
-    int read_at = 0, step = 0, unfinished = -1;
+    const unsigned char* const my_weights = ring + (team * SLICES + slice) * WEIGHT_BYTES + warp_n % 4 * 512 + lane * 16;
+    const unsigned char* const my_scales =
+        ring + STAGE_SCALES + (team * SLICES + slice) * SCALE_BYTES + (warp_n % 4 * 16 + row8 * 2) * sizeof(S);
+    const unsigned char* const my_zeros = ring + STAGE_ZEROS + (team * SLICES + slice) * ZERO_BYTES + warp_n % 4 * 8 + row8;
+    int slot = 0, turn = 0, step = 0, unfinished = worker;
 #pragma unroll
     for (int b = 0; b < BUFFERS; ++b) expect(b);
+    wait_copies<0>();
+    fence_async();
+    sync_part(1, THREADS);
     for (int n_tile = worker; n_tile < TILES; n_tile += workers) {
         float total[TILE_M / 2];
 #pragma unroll
         for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
 #pragma unroll 1
-        for (int unit = slice; unit < units; unit += SLICES) {
-            wait_copies<AHEAD - 1>();
-            const unsigned x_unit = x_rows + unit * (2 * TILE_M * 128 / 16);
-            uint4 both[2];
-            both[0] = *reinterpret_cast<const uint4*>(my_ring + read_at);
-            both[1] = *reinterpret_cast<const uint4*>(my_ring + read_at + THREADS * 16);
-            Scales scale[PARTS];
-            unsigned zero[PARTS];
+        for (int stage = 0; stage < stages; ++stage) {
+            const int unit = stage * SLICES + slice, at = slot * STAGE;
+            barrier_wait(filled + slot, turn);
+            if (unit < units) {
+                const unsigned x_unit = x_rows + unit * (2 * TILE_M * 128 / 16);
+                const uint4 low = *reinterpret_cast<const uint4*>(my_weights + at);
+                const uint4 high = *reinterpret_cast<const uint4*>(my_weights + at + 2048);
+                const unsigned word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                float scale[PARTS][2];  // of features g and g + 8
+                unsigned zero_points[PARTS];
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
-                scale[i] = *reinterpret_cast<const Scales*>(my_scales + read_at + i * THREADS * 2 * sizeof(S));
-                zero[i] = 0x88;
-                if constexpr (ZEROS) zero[i] = *reinterpret_cast<const unsigned*>(my_zeros + read_at + i * THREADS * 4) >> row8 % 4 * 8;
-            }
-            read_at = read_at == (AHEAD - 1) * STAGE ? 0 : read_at + STAGE;
-            const unsigned word[8] = {both[0].x, both[0].y, both[0].z, both[0].w, both[1].x, both[1].y, both[1].z, both[1].w};
-            unsigned a[8][4];
+                for (int i = 0; i < PARTS; ++i) {
+                    const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + i * 64 * sizeof(S));
+                    scale[i][0] = to_float(pair.lane[0]), scale[i][1] = to_float(pair.lane[1]);
+                    zero_points[i] = 0x88;
+                    if constexpr (ZEROS) zero_points[i] = my_zeros[at + i * 32];
+                    // Half a unit has no scales for its other half, only what was in the ring before.
+                    if (K64 % 2 != 0 && PARTS > 1 && i >= PARTS / 2 && begin + unit * 2 + 1 >= K64) scale[i][0] = scale[i][1] = 0.0f;
+                }
+                unsigned a[8][4];
 #pragma unroll
-            for (int first = 0; first < PARTS; first += TOGETHER) {
-                float part[TOGETHER][TILE_M / 2];
+                for (int first = 0; first < PARTS; first += TOGETHER) {
+                    float part[TOGETHER][TILE_M / 2];
 #pragma unroll
-                for (int half = 0; half < TOGETHER * STEPS; half += 4) {
-                    const int from = first * STEPS + half;
-                    const int upto = from + (TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4);
+                    for (int half = 0; half < TOGETHER * STEPS; half += 4) {  // the tensor cores begin when half is unpacked
+                        const int from = first * STEPS + half;
+                        const int upto = from + (TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4);
 #pragma unroll
-                    for (int step = from; step < upto; ++step) {
-                        const unsigned z = zero[step / STEPS];
-                        unpack_int4<X>(word[step], zero_pair<X>(z & 15), zero_pair<X>(z >> 4 & 15), a[step]);
+                        for (int step = from; step < upto; ++step) {
+                            const unsigned z = zero_points[step / STEPS];
+                            unpack_int4<X>(word[step], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
+                        }
+                        wgmma_fence();
+#pragma unroll
+                        for (int step = from; step < upto; ++step)
+                            wgmma_add<X>(part[step / STEPS - first], a[step],
+                                         x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
                     }
-                    wgmma_fence();
+                    wgmma_commit();
+                    if (first == 0 && lane == 0) barrier_arrive(used + slot);  // this warp has read the stage
+                    wgmma_wait<0>();
 #pragma unroll
-                    for (int step = from; step < upto; ++step)
-                        wgmma_add<X>(part[step / STEPS - first], a[step],
-                                     x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
+                    for (int p = 0; p < TOGETHER; ++p) {
+                        arrived(part[p]);
+#pragma unroll
+                        for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[first + p][i / 2 % 2] * part[p][i];
+                    }
                 }
-                wgmma_commit();
-                if (first == 0) ask();
-                wgmma_wait<0>();
-#pragma unroll
-                for (int p = 0; p < TOGETHER; ++p) {
-                    arrived(part[p]);
-                    const Vector<S, 2> pair = reinterpret_cast<const Vector<S, 2>&>(scale[first + p]);
-                    const float top = to_float(pair.lane[0]), bottom = to_float(pair.lane[1]);
-#pragma unroll
-                    for (int i = 0; i < TILE_M / 2; ++i) total[i] += (i % 4 < 2 ? top : bottom) * part[p][i];
-                }
+            } else if (lane == 0) {
+                barrier_arrive(used + slot);
             }
+            if (++slot == AHEAD) slot = 0, turn ^= 1;
         }
 
-        // Phase 5: every warp sends its sums to the block that owns their features, and goes on. What the step before
-        // last has sent is added up meanwhile.
+        // Phase 5: every warp sends its sums to the block that owns their features, and goes on; those of the step before
+        // are added up meanwhile. With silu_mul a warpgroup's strips are two of the gate, then two of up, and a pair of
+        // them belongs together.
+        const int strip = ACT == SILU_MUL ? team * 4 + warp_n % 2 * 2 + warp_n % 4 / 2 : warp_n;
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass, ++step) {
             if (pass >= passes) break;
-            if (BUFFERS == 1 && step > 0) finish(step - 1, pass > 0 ? n_tile : n_tile - workers);
+            if (BUFFERS == 1 && step > 0) finish(step - 1, unfinished);
             float* const to = all_sums + step % BUFFERS * SUMS +
-                              (((rank * SLICES + slice) * OWNED + warp_n % OWNED) * PASS_BLOCKS) * 128 + lane * 4;
-            if (step >= BUFFERS) barrier_wait(empty + step % BUFFERS, (step / BUFFERS - 1) % 2);
+                              (((rank * SLICES + slice) * OWNED + strip % OWNED) * PASS_BLOCKS) * 128 + lane * 4;
+            if (step >= BUFFERS) barrier_wait(stored + step % BUFFERS, (step / BUFFERS - 1) % 2);
 #pragma unroll
             for (int block = 0; block < PASS_BLOCKS; ++block) {
                 const float* v = total + (pass * PASS_BLOCKS + block) * 4;
-                if (block < blocks_of(pass)) send(to + block * 128, v[0], v[1], v[2], v[3], full + step % BUFFERS, warp_n / OWNED);
+                if (block < blocks_of(pass)) send(to + block * 128, v[0], v[1], v[2], v[3], summed + step % BUFFERS, strip / OWNED);
             }
-            if (BUFFERS == 2 && step > 0) finish(step - 1, pass > 0 ? n_tile : n_tile - workers);
+            if (BUFFERS == 2 && step > 0) finish(step - 1, unfinished);
+            unfinished = n_tile;
         }
-        unfinished = n_tile;
     }
-    if (unfinished >= 0) finish(step - 1, unfinished);
+    finish(step - 1, unfinished);
 }
