@@ -349,6 +349,8 @@ def test_kernels_for_few_rows_with_all_around(variant: str, norm: str, m: int) -
     _runs(variant)
     for n, k, activation in ((4096, 4096, "gelu"), (384, 1024, "silu_mul"), (2048, 11008, "gelu_tanh"), (256, 328, "")):
         case = W4A16Case(m, n, k, 64, bias=True, norm=norm, activation=activation, residual=True, act_order=k == 328)
+        if any(c.variant == variant and c.refused for c in case.choice(current()).candidates):
+            continue  # 64 rows of 11008 features fit in no cluster
         check_case(case, "cuda", variant=variant)
 
 

@@ -112,6 +112,7 @@ COPIED: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(61, 256, 512, 32), 1, {"CLUSTER": 8, "SUM_ROWS": 16}),
     (W4A16Case(40, 128, 256, -1), 1, {"TILE_M": 32, "SUM_ROWS": 16, "BUFFERS": 1}),  # two tiles of rows
     (W4A16Case(2, 128, 840, 128, act_order=True, norm="rmsnorm"), 3, {"CLUSTER": 4}),
+    (W4A16Case(12, 128, 840, 32, act_order=True, norm="layernorm"), 1, {}),
     (W4A16Case(16, 512, 256, 64, norm="rmsnorm", activation="silu_mul"), 2, {"TEAMS": 2, "SLICES": 2}),
     (W4A16Case(5, 64, 448, 16, symmetric=False, norm="rmsnorm"), 1, {"SLICES": 2}),  # half a unit at the end
 ]
@@ -133,9 +134,16 @@ def few(
     out = case.n // 2 if case.activation == "silu_mul" else case.n
     y = torch.full((case.m, out), float("nan"), dtype=case.dtype)
     grid = (min(workers, -(-case.n // features)) * cluster, -(-case.m // tile), 1)
+    x = inputs.x
+    if config.get("GATHERED"):
+        x = torch.full_like(inputs.x, float("nan"))
+        emulate.launch(
+            linear_op.gather_source(spec), "qqqn", (-(-x.numel() // (8 * linear_op.GATHER_THREADS)), 1, 1),
+            linear_op.GATHER_THREADS, inputs.x, weight.perm, x, case.m,
+        )  # fmt: skip
     emulate.launch(
         linear_op.source(spec, Candidate(variant, tuple(config.items()))), "q" * 10 + "nd", grid, threads,
-        inputs.x, *weight.tensors, inputs.bias, inputs.residual,
+        x, *weight.tensors, inputs.bias, inputs.residual,
         norm and norm.weight, norm and norm.bias, y, case.m, EPS,
         shared_bytes=config["SHARED"], cluster=cluster,
     )  # fmt: skip

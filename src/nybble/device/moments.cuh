@@ -12,13 +12,13 @@ struct Normal {
     __device__ __forceinline__ float operator()(float v) const { return ((v - centre) - off) * scale; }
 };
 
-// PARTS parts of a row of `width` values, count(p) of them in part p. CENTRED: LayerNorm; otherwise RMSNorm.
-template <int PARTS, bool CENTRED, typename Count, typename Part>
-__device__ __forceinline__ Normal combine(int width, float eps, Count count, Part part) {
+// Of `parts` parts of a row of `width` values, count(p) of them in part p. CENTRED: LayerNorm; otherwise RMSNorm.
+template <bool CENTRED, typename Count, typename Part>
+__device__ __forceinline__ Normal combine(int parts, int width, float eps, Count count, Part part) {
     const float centre = part(0).mean;
     float first = 0.0f, second = 0.0f;
-#pragma unroll
-    for (int p = 0; p < PARTS; ++p) {
+#pragma unroll 8
+    for (int p = 0; p < parts; ++p) {
         const Moments of = part(p);
         const float apart = CENTRED ? of.mean - centre : 0.0f;
         first += of.first + count(p) * apart;

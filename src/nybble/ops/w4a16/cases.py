@@ -178,14 +178,15 @@ class W4A16Case(Case):
         """Of every variant that can run it; a composition's are those of its product."""
         spec = self.spec()
         able = [c for c in cost.candidates(spec, hardware) if not c.refused]
+        gathers = [op.gather_source(spec)] if any(dict(c.config).get("GATHERED") for c in able) else []
         if any(c.variant == "composed" for c in able):
             plain = spec._replace(norm="", activation="", residual=False, norm_bias=False, splits=())
-            return [op.source(spec, c) for c in able if c.variant in op.KERNELS] + [
+            return [*gathers, *(op.source(spec, c) for c in able if c.variant in op.KERNELS)] + [
                 op.source(plain, c)
                 for c in cost.candidates(plain, hardware)
                 if c.variant in op.KERNELS and not c.refused
             ]
-        return [op.source(spec, c) for c in able if c.variant in op.KERNELS]
+        return [*gathers, *(op.source(spec, c) for c in able if c.variant in op.KERNELS)]
 
     @property
     def bytes(self) -> int:

@@ -26,6 +26,8 @@ WGMMA: tuple[tuple[int, float, float], ...] = ((8, 1.9, 1.10), (16, 3.3, 1.22), 
 cluster exchange more sums than weights."""
 FEW: tuple[tuple[int, float, float], ...] = ((1, 0.9, 1.55), (2, 1.4, 1.6), (4, 2.0, 1.7), (8, 3.0, 1.9), (16, 4.2, 2.1), (64, 9.0, 5.0))
 """The same of stream.cu, measured at 1, 16 and 64 rows and guessed between."""
+GATHER_ROWS, GATHER_US = 2, 1.0
+"""With act-order, wgmma.cu gathers up to so many rows itself; more are gathered by a kernel before it, in about so long."""
 PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
@@ -122,8 +124,8 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         return "for at most 64 rows"
     if size not in (16, 32, 64) and size % 128 and size < spec.k:
         return f"group_size {size} is neither 16, 32, 64 nor a multiple of 128"
-    if pairs and spec.n % 64:
-        return f"silu_mul pairs strips of 16 features, copied two by two: N must be a multiple of 64, not {spec.n}"
+    if pairs and spec.n % 128:
+        return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
     tile, chunks = max(8, spec.m), math.ceil(spec.k / 64)
     parts = 128 // size if size < min(128, spec.k) else 1
     once = math.ceil(spec.n / 64) <= PAIRS
@@ -146,21 +148,27 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         forms += [(3, 1, 4, 4, 2)] if not pairs and parts == 1 else []
         forms += [(2, 1, 4, 4, 2), (2, 1, 4, 3, 2)]
     if tile < 64:
-        forms += [(2, 2, 4, 3, 1), (2, 2, 4, 2, 1), (4, 1, 8, 3, 1), (4, 1, 8, 2, 1)]
+        forms += [(1, 4, 4, 4, 2), (1, 4, 4, 3, 2), (2, 2, 4, 3, 1), (2, 2, 4, 2, 1), (4, 1, 8, 3, 1), (4, 1, 8, 2, 1)]
     forms += [(2, 1, 8, 4, 2), (2, 1, 8, 3, 2), (4, 1, 8, 2, 1)]
     for teams, slices, cluster, ahead, buffers in forms:
         if parts >= 4 and slices == 4:
             slices = 3  # 17 warps leave 96 registers a thread, and small groups need more
-        if pairs and 4 * teams // cluster % 2:
-            continue
-        units, at_once = math.ceil(chunks / (2 * cluster)), min(tile, 16 if teams == 3 else 32)
+        if pairs:
+            teams, slices = max(2, teams), max(1, min(slices, 2))  # a pair of warpgroups has the pairs of features
+            if 4 * teams // cluster % 2 or teams % 2:
+                continue
+        units = math.ceil(chunks / (2 * cluster))
+        if teams == 1 and slices == 4 and -(-units // 3) * 3 < -(-units // 4) * 4:
+            slices = 3  # fewer warpgroups wait in the last stage
+        at_once = min(tile, 16 if teams == 3 else 32)
         stage = teams * slices * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
-        sums = buffers * slices * at_once * 64 * teams + (cluster * tile * 4 if spec.norm else 0)
+        sums = buffers * slices * at_once * 64 * teams + (cluster * max(tile, 4 * teams * slices) * 4 if spec.norm else 0)
         shared = 2 * units * tile * 128 + ahead * stage + 4 * sums + (2 * ahead + 2 * buffers + 1) * 8
         if shared <= hardware.shared_bytes:
             return {
                 "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
-                "SUM_ROWS": at_once, "BUFFERS": buffers, "BLOCKS": 1, "SHARED": shared,
+                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(spec.perm and spec.m > GATHER_ROWS), "BLOCKS": 1,
+                "SHARED": shared,
             }  # fmt: skip
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
 
@@ -175,6 +183,10 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     memory = spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) * max(1.0, math.ceil(turns) / turns / 1.03)
     features = 64 * config["TEAMS"] if variant == "wgmma" else 16 * config["STRIPS"] * config["WARPS_N"]
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
+    if config.get("GATHERED"):
+        start, reason = start + GATHER_US, f"{reason}, x gathered before"
+    if variant == "stream" and (spec.zeros or spec.perm or spec.group_size < 64 or spec.k % 512):
+        start, slower = 1.6 * start, 1.4 * slower  # more loads a chunk than registers to have them on their way in
     return Candidate(variant, tuple(config.items()), start + slower * memory, reason)
 
 

@@ -25,7 +25,8 @@ NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
 KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "stream")}
-PARAMETERS = {"mma": "8q", "wgmma": "11qd", "stream": "11qd"}
+PARAMETERS = {"mma": "8q", "wgmma": "11qd", "stream": "11qd", "gather": "4q"}
+GATHER, GATHER_THREADS = PACKAGE / "ops" / "w4a16" / "gather.cu", 128
 
 _INF = float("inf")
 _MAX_TEMPLATES = 1024
@@ -76,6 +77,7 @@ class Ready(NamedTuple):
         plan: the kernel.
         tile_m: rows a block. across: blocks side by side along the output features.
         whole: it is ``wgmma.cu`` or ``stream.cu``, with everything around the product in it.
+        gather: for act-order, the kernel that brings the activations into the weight's order before the product.
         templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
             half the host time of `new_empty` with a shape, 0.6 us.
     """
@@ -84,6 +86,7 @@ class Ready(NamedTuple):
     tile_m: int
     across: int
     whole: bool
+    gather: Plan | None
     templates: dict[tuple[int, ...], Tensor]
 
 
@@ -303,7 +306,7 @@ def _launch(
             )  # fmt: skip
         bias, residual = _straight(bias), _straight(residual)
         norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
-    plan, tile_m, across, whole, templates = ready
+    plan, tile_m, across, whole, gather, templates = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
     template = templates.get(shape)
@@ -323,7 +326,12 @@ def _launch(
             x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), zeros, order, added, y.data_ptr(), rows,
         )  # fmt: skip
         return y
-    grid = (across, -(-rows // tile_m), 1)
+    grid, alone = (across, -(-rows // tile_m), 1), plan.overlap and weight.settle()
+    if gather is not None:
+        ordered = torch.empty_like(x)
+        blocks = -(-rows * k // (8 * GATHER_THREADS))
+        gather.launch((blocks, 1, 1), x.data_ptr(), order, ordered.data_ptr(), rows, alone=alone)
+        x = ordered
     arguments = (
         x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), zeros, order, added,
         0 if residual is None else residual.data_ptr(),
@@ -331,10 +339,7 @@ def _launch(
         0 if norm_bias is None else norm_bias.data_ptr(),
         y.data_ptr(), rows, eps,
     )  # fmt: skip
-    if plan.overlap and weight.settle():
-        plan.launch(grid, *arguments, alone=True)
-    else:
-        plan.launch(grid, *arguments)
+    plan.launch(grid, *arguments, alone=alone)
     return y
 
 
@@ -363,6 +368,11 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
     return Source(KERNELS[candidate.variant], (*constants, *candidate.config))
 
 
+def gather_source(spec: cost.Spec) -> Source:
+    """The kernel that gathers the activations of a request with act-order."""
+    return Source(GATHER, (("X", spec.dtype), ("K", spec.k), ("THREADS", GATHER_THREADS)))
+
+
 def _make(spec: cost.Spec, device: int) -> Ready | str:
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
@@ -372,7 +382,7 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     binary, config = compile_kernel(source(spec, chosen), card.arch), dict(chosen.config)
     if chosen.variant == "mma":
         plan = Plan(binary, PARAMETERS["mma"], device=device, threads=128 * config["SLICES"])
-        return Ready(plan, config["TILE_M"], -(-spec.n // 64), False, {})
+        return Ready(plan, config["TILE_M"], -(-spec.n // 64), False, None, {})
     wgmma, cluster = chosen.variant == "wgmma", config["CLUSTER"]
     # wgmma.cu has a warp more, that copies; its workers take tile after tile, so there are as many as run at once.
     threads = 128 * config["TEAMS"] * config["SLICES"] + 32 if wgmma else 32 * config["WARPS_N"] * config["SLICES"]
@@ -387,7 +397,11 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     )
     tiles = -(-spec.n // (64 * config["TEAMS"] if wgmma else 16 * config["WARPS_N"] * config["STRIPS"]))
     workers = min(tiles, plan.clusters_at_once()) if wgmma else tiles
-    return Ready(plan, config["TILE_M"], workers * cluster, True, {})
+    gather = None
+    if config.get("GATHERED"):
+        kernel = compile_kernel(gather_source(spec), card.arch)
+        gather = Plan(kernel, PARAMETERS["gather"], device=device, threads=GATHER_THREADS, overlap=True)
+    return Ready(plan, config["TILE_M"], workers * cluster, True, gather, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out

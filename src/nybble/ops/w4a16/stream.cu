@@ -195,8 +195,8 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
         if constexpr (CLUSTER > 1) cluster_sync();
         else __syncthreads();
         for (int row = warp; row < TILE_M; row += THREADS / 32) {
-            const Normal normal = combine<CLUSTER, NORM == 1>(
-                K, static_cast<float>(eps),
+            const Normal normal = combine<NORM == 1>(
+                CLUSTER, K, static_cast<float>(eps),
                 [](int r) { return max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0); },
                 [&](int r) {
                     const float* at = statistics + row * 3;

@@ -15,11 +15,12 @@
 //               of 128 input features of the block's range; one more warp asks for the weights. grid y: TILE_M rows
 // Shared memory x: [chunk of 64 features][TILE_M][64] X, swizzled, the block's range of K for all its tiles; the ring:
 //               AHEAD stages of a unit for every warpgroup, with its scales and zero points; sums: [BUFFERS][SOURCES][OWNED]
-//               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][TILE_M][4] float; barriers
+//               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][max(TILE_M, warps)][4] float; barriers
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
-//               SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
-//               0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 64)
+//               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
+//               0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a
+//               multiple of 128, TEAMS even: every other warpgroup has features of up)
 // Roof          N * K / 2 bytes of weights up to about 32 rows; beyond, the exchange of sums
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
@@ -35,7 +36,7 @@
 
 static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
 static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
-static_assert(ACT != SILU_MUL || N % 64 == 0, "silu_mul copies pairs of strips of the two halves");
+static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
 static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
 constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64;
@@ -59,7 +60,8 @@ constexpr int X_BYTES = RANGE * TILE_M * 128;
 constexpr int WEIGHT_BYTES = 4096, SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of a unit
 constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SLICES * SCALE_BYTES;
 constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
-constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? CLUSTER * TILE_M * 4 : 0;  // floats
+constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
+constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? CLUSTER * MOMENT_ROWS * 4 : 0;  // floats
 constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + (2 * AHEAD + 2 * BUFFERS + 1) * 8;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
@@ -106,29 +108,16 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                 unsigned char* const weights = ring + slot * STAGE + t * SLICES * WEIGHT_BYTES;
                 unsigned char* const scale = ring + slot * STAGE + STAGE_SCALES + t * SLICES * SCALE_BYTES;
                 unsigned char* const zero = ring + slot * STAGE + STAGE_ZEROS + t * SLICES * ZERO_BYTES;
-                if constexpr (ACT == SILU_MUL) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {  // two strips of the first half of N, two of the second
-                        const int strip = min((tile_asked * TEAMS + t) * 2, N / 32 - 2) + half * (N / 32), in_block = strip % 4;
-                        const long long block = strip / 4;
-                        for (int c = 0; c < chunks; ++c)
-                            copy_bulk(weights + c * 2048 + half * 1024, qweight + ((block * K64 + chunk + c) * 4 + in_block) * 32, 1024, at);
-                        for (int i = 0; i < groups; ++i) {
-                            const long long row = block * GROUPS + group_of(i);
-                            copy_bulk(scale + (i * 64 + half * 32) * sizeof(S), scales + row * 64 + in_block * 16, 32 * sizeof(S), at);
-                            if constexpr (ZEROS) copy_bulk(zero + i * 32 + half * 16, qzeros + row * 32 + in_block * 8, 16, at);
-                        }
-                    }
-                } else {
-                    const long long block = min(tile_asked * TEAMS + t, N64 - 1);
-                    copy_bulk(weights, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
-                    constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
-                    for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
-                        const long long row = block * GROUPS + group_of(i);
-                        const int count = JOINED ? groups : 1;
-                        copy_bulk(scale + i * 64 * sizeof(S), scales + row * 64, count * 64 * sizeof(S), at);
-                        if constexpr (ZEROS) copy_bulk(zero + i * 32, qzeros + row * 32, count * 32, at);
-                    }
+                int in_n = tile_asked * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
+                if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
+                const long long block = min(in_n, N64 - 1);
+                copy_bulk(weights, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
+                constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
+                for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
+                    const long long row = block * GROUPS + group_of(i);
+                    const int count = JOINED ? groups : 1;
+                    copy_bulk(scale + i * 64 * sizeof(S), scales + row * 64, count * 64 * sizeof(S), at);
+                    if constexpr (ZEROS) copy_bulk(zero + i * 32, qzeros + row * 32, count * 32, at);
                 }
             }
             if (++slot == AHEAD) slot = 0, ++turn;
@@ -156,10 +145,24 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     for (int i = threadIdx.x; i < TILE_M * RANGE; i += THREADS) {
         const int row = i / RANGE, chunk = begin + i % RANGE;
         if (row < rows_here && chunk < end) prefetch_l2(x + (first_row + row) * K + chunk * 64);
+        if (NORM && PERM == 0 && row == 0 && chunk < end) {
+            prefetch_l2(norm_weight + chunk * 64);
+            if constexpr (NORM_BIAS) prefetch_l2(norm_bias + chunk * 64);
+        }
     }
     __syncthreads();
-    if (NORM && threadIdx.x == 0) barrier_expect(measured, CLUSTER * rows_here * 16);
+    // For the norm several warps share a row when there are enough of them.
+    const int sharers = NORM == 0 || rows_here * 2 > WARPS ? 1 : rows_here * 4 > WARPS ? 2 : rows_here * 8 > WARPS ? 4 : 8;
+    if (NORM && threadIdx.x == 0) barrier_expect(measured, CLUSTER * rows_here * sharers * 16);
     cluster_arrive();  // this block's barriers are there
+    int order[8] = {};  // act-order: where this thread's next eight features of x are
+    auto turn_to = [&](int piece) {
+        const int k = begin * 64 + piece % (RANGE * 8) * 8;
+        if (k >= K) return;
+        *reinterpret_cast<int4*>(order) = *reinterpret_cast<const int4*>(perm + k);
+        *reinterpret_cast<int4*>(order + 4) = *reinterpret_cast<const int4*>(perm + k + 4);
+    };
+    if constexpr (PERM && !GATHERED) turn_to(threadIdx.x);
     wait_for_previous();
     allow_next();
 
@@ -171,19 +174,13 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     for (int piece = threadIdx.x; piece < rows_here * (RANGE * 8); piece += THREADS) {
         const int row = piece / (RANGE * 8), column = piece % (RANGE * 8) * 8, k = begin * 64 + column;
         const X* const from = x + (first_row + row) * K;
-        if constexpr (PERM) {
-            // Act-order: the packed weights are sorted by group, so x is gathered instead. 2-byte loads, from L2.
+        if constexpr (PERM && !GATHERED) {
+            // The packed weights are sorted by group, so x is gathered instead. 2-byte loads, from L2: for one or two rows.
             Vector<X, 8> gathered;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) gathered.lane[e] = from_float<X>(0.0f);
-            if (k < K) {
-                int order[8];
-                *reinterpret_cast<int4*>(order) = *reinterpret_cast<const int4*>(perm + k);
-                *reinterpret_cast<int4*>(order + 4) = *reinterpret_cast<const int4*>(perm + k + 4);
-#pragma unroll
-                for (int e = 0; e < 8; ++e) gathered.lane[e] = from[order[e]];
-            }
+            for (int e = 0; e < 8; ++e) gathered.lane[e] = k < K ? from[order[e]] : from_float<X>(0.0f);
             *reinterpret_cast<Vector<X, 8>*>(piece_at(row, column)) = gathered;
+            turn_to(piece + THREADS);
         } else {
             copy_async_16(piece_at(row, column), k < K ? from + k : x, k < K);
         }
@@ -195,11 +192,14 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     if constexpr (NORM > 0) {
         wait_copies<0>();
         sync_part(1, THREADS);
-        const int width = max(min(end * 64, K) - begin * 64, 0);  // columns of this block
-        for (int row = warp; row < rows_here; row += THREADS / 32) {
+        const int width = max(min(end * 64, K) - begin * 64, 0);  // columns of this block, and of a warp
+        const int share = (width + 8 * sharers - 1) / (8 * sharers) * 8;
+        for (int job = warp; job < rows_here * sharers; job += WARPS) {
+            const int row = job / sharers, from = job % sharers * share, upto = min(from + share, width);
             float mean = 0.0f, first = 0.0f, second = 0.0f;
             auto over_row = [&](auto add) {
-                for (int k = lane * 8; k < width; k += 256) {
+#pragma unroll 4
+                for (int k = from + lane * 8; k < upto; k += 256) {
                     float value[8];
                     load_vector(piece_at(row, k), value);
 #pragma unroll
@@ -208,31 +208,45 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             };
             if constexpr (NORM == 1) {
                 over_row([&](float v) { mean += v; });
-                mean = width > 0 ? warp_sum(mean) / width : 0.0f;
+                mean = upto > from ? warp_sum(mean) / (upto - from) : 0.0f;
             }
             over_row([&](float v) { first += v - mean, second += (v - mean) * (v - mean); });
             first = warp_sum(first);
             second = warp_sum(second);
-            if (lane < CLUSTER) send(moments + (rank * TILE_M + row) * 4, mean, first, second, 0.0f, measured, lane);
+            if (lane < CLUSTER) send(moments + (rank * MOMENT_ROWS + job) * 4, mean, first, second, 0.0f, measured, lane);
         }
         barrier_wait(measured, 0);
-        for (int row = warp; row < rows_here; row += THREADS / 32) {
-            const Normal normal = combine<CLUSTER, NORM == 1>(
-                K, static_cast<float>(eps),
-                [](int r) { return max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0); },
-                [&](int r) {
-                    const float4 of = *reinterpret_cast<const float4*>(moments + (r * TILE_M + row) * 4);
+        for (int job = warp; job < rows_here * sharers; job += WARPS) {
+            const int row = job / sharers, from = job % sharers * share, upto = min(from + share, width);
+            const Normal normal = combine<NORM == 1>(
+                CLUSTER * sharers, K, static_cast<float>(eps),
+                [&](int part) {
+                    const int r = part / sharers, wide = max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0);
+                    const int each = (wide + 8 * sharers - 1) / (8 * sharers) * 8;
+                    return max(min(each, wide - part % sharers * each), 0);
+                },
+                [&](int part) {
+                    const int at = part / sharers * MOMENT_ROWS + row * sharers + part % sharers;
+                    const float4 of = *reinterpret_cast<const float4*>(moments + at * 4);
                     return Moments{of.x, of.y, of.z};
                 });
-            for (int k = lane * 8; k < width; k += 256) {
-                float value[8];
+#pragma unroll 4
+            for (int k = from + lane * 8; k < upto; k += 256) {
+                float value[8], by[8], plus[8] = {};
                 load_vector(piece_at(row, k), value);
+                if constexpr (PERM) {
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    const int feature = PERM ? perm[begin * 64 + k + e] : begin * 64 + k + e;
-                    value[e] = normal(value[e]) * to_float(norm_weight[feature]);
-                    if constexpr (NORM_BIAS) value[e] += to_float(norm_bias[feature]);
+                    for (int e = 0; e < 8; ++e) {
+                        const int feature = perm[begin * 64 + k + e];
+                        by[e] = to_float(norm_weight[feature]);
+                        if constexpr (NORM_BIAS) plus[e] = to_float(norm_bias[feature]);
+                    }
+                } else {
+                    load_vector(norm_weight + begin * 64 + k, by);
+                    if constexpr (NORM_BIAS) load_vector(norm_bias + begin * 64 + k, plus);
                 }
+#pragma unroll
+                for (int e = 0; e < 8; ++e) value[e] = normal(value[e]) * by[e] + plus[e];
                 store_vector(piece_at(row, k), value);
             }
         }
@@ -373,9 +387,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         }
 
         // Phase 5: every warp sends its sums to the block that owns their features, and goes on; those of the step before
-        // are added up meanwhile. With silu_mul a warpgroup's strips are two of the gate, then two of up, and a pair of
-        // them belongs together.
-        const int strip = ACT == SILU_MUL ? team * 4 + warp_n % 2 * 2 + warp_n % 4 / 2 : warp_n;
+        // are added up meanwhile. With silu_mul the strips of two warpgroups belong together in pairs.
+        const int strip = ACT == SILU_MUL ? (team / 2 * 4 + warp_n % 4) * 2 + team % 2 : warp_n;
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass, ++step) {
             if (pass >= passes) break;
