@@ -118,9 +118,7 @@ COPIED: list[tuple[W4A16Case, int, dict[str, int]]] = [
 ]
 
 
-def few(
-    variant: str, case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()
-) -> None:
+def few(variant: str, case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()) -> None:
     """Run a kernel for few rows on a case with some workers, and some constants other than the cost model's."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
     chosen = wgmma_shape(spec, H200) if variant == "wgmma" else stream_shape(spec, H200)

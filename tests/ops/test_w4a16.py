@@ -11,6 +11,7 @@ import torch
 from checks import check_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import nybble
 from nybble.ops.w4a16 import cost, op
@@ -20,6 +21,8 @@ from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import A100, H200
 
 SMALL = W4A16Case(3, 72, 200, 32, torch.float16, symmetric=False)
+
+PLAIN = r"\['mma', 'wgmma', 'stream', 'reference'\]"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -75,7 +78,7 @@ def test_bad_input_is_named() -> None:
         (ValueError, r"bias: expected shape \[out_features\] = \[72\], got \[8\]", {"bias": torch.zeros(8).half()}),
         (TypeError, "weight: expected a nybble.PackedWeight, got Tensor", {"weight": x}),
         (ValueError, "weight.qweight: expected device meta, that of x, got cpu", {"x": x.to("meta")}),
-        (ValueError, r"variant: expected 'auto' or one of \['mma', 'wgmma', 'stream', 'reference'\]", {"variant": "marlin"}),
+        (ValueError, rf"variant: expected 'auto' or one of {PLAIN}", {"variant": "marlin"}),
         (UnsupportedError, "mma: no CUDA device", {"variant": "mma"}),
     ]  # fmt: skip
     for error, message, change in bad:
@@ -167,7 +170,15 @@ def test_everything_around_the_product_matches_float64(around: dict[str, Any], d
 
 def composed(case: W4A16Case, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """The composition, with the reference as its product."""
-    monkeypatch.setattr(op, "_launch", lambda x, weight, bias, variant: op._reference(x, weight, bias))
+
+    def launch(
+        x: Tensor, weight: Any, bias: Any, variant: str, residual: Any = None, activation: str = "", **planes: int
+    ) -> Tensor:
+        if residual is None and not activation:
+            return op._reference(x, weight, bias)
+        return op._composed(x, weight, bias, residual, None, None, 1e-5, "", activation, **planes)
+
+    monkeypatch.setattr(op, "_launch", launch)
     norm = inputs.norm or (None, None, 1e-5, "")
     return op._composed(inputs.x, inputs.weight, inputs.bias, inputs.residual, *norm, case.activation, 0, 0)
 
@@ -254,9 +265,7 @@ def test_bad_input_around_the_product_is_named() -> None:
     for error, message, change in bad:
         with pytest.raises(error, match=message):
             nybble.w4a16_linear(inputs.x, inputs.weight, **{**given, **change})
-    with pytest.raises(
-        ValueError, match=r"variant: expected 'auto' or one of \['mma', 'wgmma', 'stream', 'reference'\], got 'composed'"
-    ):
+    with pytest.raises(ValueError, match=rf"variant: expected 'auto' or one of {PLAIN}, got 'composed'"):
         nybble.w4a16_linear(inputs.x, inputs.weight, variant="composed")
     arguments = (inputs.x, *inputs.weight.tensors, None, 512, 128, 64, "auto")
     for message, around in (

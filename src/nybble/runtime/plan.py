@@ -108,7 +108,7 @@ class Plan:
         return None
 
     def clusters_at_once(self) -> int:
-        """Clusters of the kernel that run at the same time; a device's SMs are in groups, which a cluster never leaves."""
+        """Clusters of the kernel that run at a time: SMs are in groups, which a cluster never leaves."""
         with torch.cuda.device(self.device):
             config = self._config((self.cluster, 1, 1), 0, alone=True)
             return int(self._done(self._driver.cuOccupancyMaxActiveClusters(self._function, config)))

@@ -175,18 +175,16 @@ class W4A16Case(Case):
         return cost.choose(self.spec(variant), hardware)
 
     def sources(self, hardware: Hardware) -> list[Source]:
-        """Of every variant that can run it; a composition's are those of its product."""
-        spec = self.spec()
-        able = [c for c in cost.candidates(spec, hardware) if not c.refused]
-        gathers = [op.gather_source(spec)] if any(dict(c.config).get("GATHERED") for c in able) else []
-        if any(c.variant == "composed" for c in able):
-            plain = spec._replace(norm="", activation="", residual=False, norm_bias=False, splits=())
-            return [*gathers, *(op.source(spec, c) for c in able if c.variant in op.KERNELS)] + [
-                op.source(plain, c)
-                for c in cost.candidates(plain, hardware)
-                if c.variant in op.KERNELS and not c.refused
-            ]
-        return [*gathers, *(op.source(spec, c) for c in able if c.variant in op.KERNELS)]
+        """Of every variant that can run it; a composition's are those of what it asks for."""
+
+        def of(spec: cost.Spec) -> list[Source]:
+            able = [c for c in cost.candidates(spec, hardware) if not c.refused]
+            found = [op.source(spec, c) for c in able if c.variant in op.KERNELS]
+            if any(dict(c.config).get("GATHERED") for c in able):
+                found.append(op.gather_source(spec))
+            return found + (of(spec.inner) if any(c.variant == "composed" for c in able) else [])
+
+        return of(self.spec())
 
     @property
     def bytes(self) -> int:
@@ -231,14 +229,33 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 
 
 _POINTS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
-    (4096, 4096, (1, 16, 64, 128, 256, 1024, 4096)),
-    (12288, 4096, (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
-    (11008, 4096, (1,)),
-    (28672, 8192, (1, 16, 64, 128, 512, 4096)),
-    (8192, 28672, (1, 128, 4096)),
+    (4096, 4096, (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)),
+    (12288, 4096, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
+    (11008, 4096, (1, 16)),
+    (28672, 8192, (1, 4, 16, 32, 64, 128, 512, 4096)),
+    (8192, 28672, (1, 16, 128, 4096)),
 )
 
-BENCH: tuple[W4A16Case, ...] = tuple(W4A16Case(m, n, k) for n, k, rows in _POINTS for m in rows)
+_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"act_order": True},
+    {"n": 4096, "act_order": True},
+    {"symmetric": False},
+    {"group_size": 32},
+    {"group_size": 64},
+    {"group_size": -1},
+    {"n": 12296},
+    {"k": 4104},
+    {"dtype": torch.bfloat16},
+    {"norm": "layernorm"},
+    {"n": 28672, "activation": "silu_mul"},
+    {"n": 28672, "norm": "rmsnorm", "activation": "silu_mul"},
+    {"n": 4096, "k": 14336, "residual": True},
+)
+
+BENCH: tuple[W4A16Case, ...] = (
+    *(W4A16Case(m, n, k) for n, k, rows in _POINTS for m in rows),
+    *(replace(W4A16Case(m, 12288, 4096), **options) for options in _OPTIONS for m in (1, 16)),
+)
 """What a GPU is measured on."""
 
 SMALL: tuple[W4A16Case, ...] = (

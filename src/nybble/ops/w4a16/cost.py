@@ -19,15 +19,21 @@ thread) spill, four do not; at TILE_M 32 and group_size 32 four (128 registers) 
 LAUNCH_US, STREAM, MATHS = 5.5, 2.45, 0.24
 """Fitted to results/h200/w4a16.jsonl: start and end of a call in us; how many times longer than a plain read the
 weights take; the part of the fp16 rate that many rows reach."""
-AROUND_US = 1.5
-"""A kernel of the composition: what a norm of few rows takes as one node of a graph after another (1.2 to 1.5 us)."""
-WGMMA: tuple[tuple[int, float, float], ...] = ((8, 1.9, 1.10), (16, 3.3, 1.22), (32, 4.4, 1.59), (64, 6.0, 2.80))
-"""(TILE_M, us of a call, how many times longer than a plain read the weights take) of wgmma.cu. Beyond 32 rows the blocks of a
-cluster exchange more sums than weights."""
-FEW: tuple[tuple[int, float, float], ...] = ((1, 0.9, 1.55), (2, 1.4, 1.6), (4, 2.0, 1.7), (8, 3.0, 1.9), (16, 4.2, 2.1), (64, 9.0, 5.0))
+AROUND_US = 2.2
+"""What a kernel around the product adds to a chain of them, for few rows."""
+WGMMA: tuple[tuple[int, float, float], ...] = (
+    (1, 1.8, 1.1), (2, 2.0, 1.1), (4, 2.5, 1.1), (8, 3.2, 1.12), (16, 3.6, 1.21), (32, 4.6, 1.55), (64, 6.0, 3.1),
+)  # fmt: skip
+"""(rows, us of a call, how many times longer than a plain read the weights take) of wgmma.cu, fitted as above. Beyond
+32 rows the blocks of a cluster exchange more sums than weights."""
+WIDE = {4: 1.2, 8: 1.8}
+"""How many times longer again for up to 32 rows when it takes clusters of 4 or 8 to hold x: fewer fit on the GPU."""
+FEW: tuple[tuple[int, float, float], ...] = (
+    (1, 0.9, 1.55), (2, 1.4, 1.6), (4, 2.0, 1.7), (8, 3.0, 1.9), (16, 4.2, 2.1), (64, 9.0, 5.0),
+)  # fmt: skip
 """The same of stream.cu, measured at 1, 16 and 64 rows and guessed between."""
-GATHER_ROWS, GATHER_US = 2, 1.0
-"""With act-order, wgmma.cu gathers up to so many rows itself; more are gathered by a kernel before it, in about so long."""
+GATHER_US = 2.0
+"""With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long."""
 PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
@@ -65,9 +71,11 @@ class Spec(NamedTuple):
     splits: tuple[int, ...] = ()
 
     @property
-    def plain(self) -> Spec:
-        """The request for the product alone."""
-        return self._replace(variant="auto", norm="", activation="", residual=False, norm_bias=False, splits=())
+    def inner(self) -> Spec:
+        """What a composition asks for after its norm; without a norm, the product alone."""
+        if self.norm:
+            return self._replace(variant="auto", norm="", norm_bias=False)
+        return self._replace(variant="auto", activation="", residual=False, splits=())
 
     @property
     def around(self) -> int:
@@ -162,13 +170,17 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
             slices = 3  # fewer warpgroups wait in the last stage
         at_once = min(tile, 16 if teams == 3 else 32)
         stage = teams * slices * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
-        sums = buffers * slices * at_once * 64 * teams + (cluster * max(tile, 4 * teams * slices) * 4 if spec.norm else 0)
+        sums = buffers * slices * at_once * 64 * teams + (
+            cluster * max(tile, 4 * teams * slices) * 4 if spec.norm else 0
+        )
         shared = 2 * units * tile * 128 + ahead * stage + 4 * sums + (2 * ahead + 2 * buffers + 1) * 8
+        # One row of x is gathered by way of the place where the sums will be.
+        gathered = spec.perm and (spec.m > 1 or spec.k * 2 > 4 * buffers * slices * at_once * 64 * teams)
         if shared <= hardware.shared_bytes:
             return {
                 "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
-                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(spec.perm and spec.m > GATHER_ROWS), "BLOCKS": 1,
-                "SHARED": shared,
+                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(gathered),
+                "BLOCKS": 3 if (slices, ahead, tile) == (2, 3, 8) else 1, "SHARED": shared,
             }  # fmt: skip
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
 
@@ -183,10 +195,16 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     memory = spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) * max(1.0, math.ceil(turns) / turns / 1.03)
     features = 64 * config["TEAMS"] if variant == "wgmma" else 16 * config["STRIPS"] * config["WARPS_N"]
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
-    if config.get("GATHERED"):
-        start, reason = start + GATHER_US, f"{reason}, x gathered before"
-    if variant == "stream" and (spec.zeros or spec.perm or spec.group_size < 64 or spec.k % 512):
+    if variant == "wgmma":
+        if config.get("GATHERED"):
+            start, reason = start + GATHER_US, f"{reason}, x gathered before"
+        if spec.norm:  # of every row in every cluster, while no weights can be used
+            start += 1.6 + 0.2 * spec.m + 2.6 * (config["BLOCKS"] > 1) + (1.5 + 0.5 * spec.m) * spec.perm
+        slower *= WIDE.get(config["CLUSTER"], 1.0) if spec.m <= 32 else 1.0
+    elif spec.zeros or spec.perm or spec.group_size < 64 or spec.k % 512:
         start, slower = 1.6 * start, 1.4 * slower  # more loads a chunk than registers to have them on their way in
+    if variant == "stream" and spec.norm:
+        start += 9.0 * spec.k / 4096  # a warp a row
     return Candidate(variant, tuple(config.items()), start + slower * memory, reason)
 
 
@@ -220,9 +238,10 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
         return [mma, *whole, reference]
     # Each kernel around the product starts, and moves about one tensor in and one out.
     moved = 2 * spec.m * max(spec.n, spec.k) * spec.dtype.itemsize / (read * 1e6)
-    plain = choose(spec.plain, hardware).pick
-    us = (plain.us or 0.0) + spec.around * (AROUND_US + moved)
-    reason = f"the product alone ({plain.variant}) and {spec.around} kernels around it"
+    inner = choose(spec.inner, hardware).pick
+    apart = 1 if spec.norm else spec.around
+    us = (inner.us or 0.0) + apart * (AROUND_US + moved)
+    reason = f"the norm, then {inner.variant}" if spec.norm else f"{inner.variant}, and {apart} kernels after it"
     refused = Candidate("mma", (), None, "no prologue or epilogue; composed instead", refused=True)
     return [refused, *whole, Candidate("composed", (), us, reason), reference]
 

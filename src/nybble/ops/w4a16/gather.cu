@@ -4,8 +4,8 @@
 // Tensors       x: X [M, K]; perm: int32 [K]; y: X [M, K]; all contiguous, 16-byte aligned
 // Mapping       a thread has eight neighbours of y, in the order of memory; grid x: as many blocks as that takes
 // Constants     X: half_t, bf16_t; K: a multiple of 8; THREADS
-// Roof          latency: in a graph it adds less than 1 us, where every block of wgmma.cu gathering for itself added
-//               9 us to 11 (12288 x 4096, 16 rows): 2-byte loads, a sector each
+// Roof          latency: a kernel more in the chain. Every block of wgmma.cu gathering for itself added 9 us to 11
+//               (12288 x 4096, 16 rows): 2-byte loads, a cycle each
 // Source        own work
 #include "dependent.cuh"
 #include "vectors.cuh"
@@ -20,6 +20,7 @@ gather_kernel(const X* __restrict__ x, const int* __restrict__ perm, X* __restri
     int from[8];
     *reinterpret_cast<int4*>(from) = *reinterpret_cast<const int4*>(perm + column);
     *reinterpret_cast<int4*>(from + 4) = *reinterpret_cast<const int4*>(perm + column + 4);
+    if (row < rows && piece % 8 == 0) prefetch_l2(x + piece * 8);
     wait_for_previous();
     allow_next();
     if (row >= rows) return;

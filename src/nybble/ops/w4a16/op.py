@@ -189,17 +189,23 @@ def _composed(
     split1: int,
     split2: int,
 ) -> Tensor:
-    """The norm's kernel, the plain product, PyTorch's functions: each rounds its result."""
-    lead = x.shape[:-1]
+    """One kernel after the other, each rounding its result: the norm, then all the rest as it is best without a norm;
+    without one the plain product, then PyTorch's functions."""
     if norm_weight is not None:
-        if norm_kind == "rmsnorm":
-            x = norms.rmsnorm(x, norm_weight, eps)
-        else:
-            x = norms.layernorm(x, norm_weight, norm_bias, eps)
+        normed = (
+            norms.rmsnorm(x, norm_weight, eps)
+            if norm_kind == "rmsnorm"
+            else norms.layernorm(x, norm_weight, norm_bias, eps)
+        )
+        return _launch(
+            normed, weight, bias, "auto", residual, activation=activation, split1=split1, split2=split2
+        )  # fmt: skip
     y = reference.epilogue(_launch(x, weight, bias, "auto"), activation, residual)
     if not split1:
         return y
-    return reference.planes(y, (split1, split2)).view(result_shape(lead, weight.out_features, "", split1, split2))
+    return reference.planes(y, (split1, split2)).view(
+        result_shape(x.shape[:-1], weight.out_features, "", split1, split2)
+    )
 
 
 def _spec(
@@ -545,8 +551,8 @@ def w4a16_linear(
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
         variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"wgmma"`` (all of it, at
-            most 64 rows, Hopper), ``"stream"`` (the same on other GPUs) or ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
-            product.
+            most 64 rows, Hopper), ``"stream"`` (the same on other GPUs), ``"reference"``; ``"composed"``, one kernel
+            after the other, where there is anything around the product.
 
     Returns:
         ``[..., N]``, or ``[..., N / 2]`` with silu_mul; contiguous, the dtype of ``x``.

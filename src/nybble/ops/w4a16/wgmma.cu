@@ -152,9 +152,10 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     }
     __syncthreads();
     // For the norm several warps share a row when there are enough of them.
-    const int sharers = NORM == 0 || rows_here * 2 > WARPS ? 1 : rows_here * 4 > WARPS ? 2 : rows_here * 8 > WARPS ? 4 : 8;
+    const int share_bits = NORM == 0 || rows_here * 2 > WARPS ? 0 : rows_here * 4 > WARPS ? 1 : rows_here * 8 > WARPS ? 2 : 3;
+    const int sharers = 1 << share_bits;
     if (NORM && threadIdx.x == 0) barrier_expect(measured, CLUSTER * rows_here * sharers * 16);
-    cluster_arrive();  // this block's barriers are there
+    constexpr bool GATHER = PERM && !GATHERED;
     int order[8] = {};  // act-order: where this thread's next eight features of x are
     auto turn_to = [&](int piece) {
         const int k = begin * 64 + piece % (RANGE * 8) * 8;
@@ -162,7 +163,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         *reinterpret_cast<int4*>(order) = *reinterpret_cast<const int4*>(perm + k);
         *reinterpret_cast<int4*>(order + 4) = *reinterpret_cast<const int4*>(perm + k + 4);
     };
-    if constexpr (PERM && !GATHERED) turn_to(threadIdx.x);
+    if constexpr (GATHER) turn_to(threadIdx.x);
+    else cluster_arrive();  // this block's barriers are there
     wait_for_previous();
     allow_next();
 
@@ -171,18 +173,28 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     auto piece_at = [&](int row, int column) {  // of eight features
         return reinterpret_cast<X*>(tile + (column / 64 * TILE_M + row) * 128 + ((column / 8 % 8) ^ (row % 8)) * 16);
     };
-    for (int piece = threadIdx.x; piece < rows_here * (RANGE * 8); piece += THREADS) {
-        const int row = piece / (RANGE * 8), column = piece % (RANGE * 8) * 8, k = begin * 64 + column;
-        const X* const from = x + (first_row + row) * K;
-        if constexpr (PERM && !GATHERED) {
-            // The packed weights are sorted by group, so x is gathered instead. 2-byte loads, from L2: for one or two rows.
+    if constexpr (GATHER) {
+        // The packed weights are sorted by group, so x is gathered instead: one row, all of it first where the sums will be.
+        // From shared memory; every 2-byte load from global memory would take a cycle of the SM's own.
+        static_assert(!GATHER || (TILE_M == 8 && K * 2 <= BUFFERS * SUMS * 4), "one row fits in the place of the sums");
+        X* const whole = reinterpret_cast<X*>(all_sums);
+        for (int k = threadIdx.x * 8; k < K; k += THREADS * 8) copy_async_16(whole + k, x + first_row * K + k, true);
+        commit_copies();
+        wait_copies<0>();
+        sync_part(1, THREADS);
+        for (int piece = threadIdx.x; piece < RANGE * 8; piece += THREADS) {
             Vector<X, 8> gathered;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) gathered.lane[e] = k < K ? from[order[e]] : from_float<X>(0.0f);
-            *reinterpret_cast<Vector<X, 8>*>(piece_at(row, column)) = gathered;
+            for (int e = 0; e < 8; ++e) gathered.lane[e] = begin * 64 + piece * 8 < K ? whole[order[e]] : from_float<X>(0.0f);
+            *reinterpret_cast<Vector<X, 8>*>(piece_at(0, piece * 8)) = gathered;
             turn_to(piece + THREADS);
-        } else {
-            copy_async_16(piece_at(row, column), k < K ? from + k : x, k < K);
+        }
+        sync_part(1, THREADS);
+        cluster_arrive();  // this block's barriers are there, and the place of the sums is free
+    } else {
+        for (int piece = threadIdx.x; piece < rows_here * (RANGE * 8); piece += THREADS) {
+            const int row = piece / (RANGE * 8), column = piece % (RANGE * 8) * 8, k = begin * 64 + column;
+            copy_async_16(piece_at(row, column), k < K ? x + (first_row + row) * K + k : x, k < K);
         }
     }
     commit_copies();
@@ -193,40 +205,46 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         wait_copies<0>();
         sync_part(1, THREADS);
         const int width = max(min(end * 64, K) - begin * 64, 0);  // columns of this block, and of a warp
-        const int share = (width + 8 * sharers - 1) / (8 * sharers) * 8;
+        auto share_of = [&](int wide) { return ((wide / 8 + sharers - 1) >> share_bits) * 8; };
+        const int share = share_of(width);
         for (int job = warp; job < rows_here * sharers; job += WARPS) {
-            const int row = job / sharers, from = job % sharers * share, upto = min(from + share, width);
+            const int row = job >> share_bits, from = (job & (sharers - 1)) * share, upto = min(from + share, width);
             float mean = 0.0f, first = 0.0f, second = 0.0f;
             auto over_row = [&](auto add) {
 #pragma unroll 4
                 for (int k = from + lane * 8; k < upto; k += 256) {
                     float value[8];
                     load_vector(piece_at(row, k), value);
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) add(value[e]);
+                    add(value);
                 }
             };
+            auto sum = [](const float (&v)[8]) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); };
             if constexpr (NORM == 1) {
-                over_row([&](float v) { mean += v; });
+                over_row([&](const float (&v)[8]) { mean += sum(v); });
                 mean = upto > from ? warp_sum(mean) / (upto - from) : 0.0f;
             }
-            over_row([&](float v) { first += v - mean, second += (v - mean) * (v - mean); });
+            over_row([&](float (&v)[8]) {
+                float squares[8];
+#pragma unroll
+                for (int e = 0; e < 8; ++e) v[e] -= mean, squares[e] = v[e] * v[e];
+                first += sum(v);
+                second += sum(squares);
+            });
             first = warp_sum(first);
             second = warp_sum(second);
             if (lane < CLUSTER) send(moments + (rank * MOMENT_ROWS + job) * 4, mean, first, second, 0.0f, measured, lane);
         }
         barrier_wait(measured, 0);
         for (int job = warp; job < rows_here * sharers; job += WARPS) {
-            const int row = job / sharers, from = job % sharers * share, upto = min(from + share, width);
+            const int row = job >> share_bits, from = (job & (sharers - 1)) * share, upto = min(from + share, width);
             const Normal normal = combine<NORM == 1>(
                 CLUSTER * sharers, K, static_cast<float>(eps),
                 [&](int part) {
-                    const int r = part / sharers, wide = max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0);
-                    const int each = (wide + 8 * sharers - 1) / (8 * sharers) * 8;
-                    return max(min(each, wide - part % sharers * each), 0);
+                    const int r = part >> share_bits, wide = max(min(min((r + 1) * RANGE, K64) * 64, K) - r * RANGE * 64, 0);
+                    return max(min(share_of(wide), wide - (part & (sharers - 1)) * share_of(wide)), 0);
                 },
                 [&](int part) {
-                    const int at = part / sharers * MOMENT_ROWS + row * sharers + part % sharers;
+                    const int at = (part >> share_bits) * MOMENT_ROWS + (row << share_bits) + (part & (sharers - 1));
                     const float4 of = *reinterpret_cast<const float4*>(moments + at * 4);
                     return Moments{of.x, of.y, of.z};
                 });
