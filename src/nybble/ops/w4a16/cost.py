@@ -159,11 +159,13 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         forms += [(1, 4, 4, 4, 2), (1, 4, 4, 3, 2), (2, 2, 4, 3, 1), (2, 2, 4, 2, 1), (4, 1, 8, 3, 1), (4, 1, 8, 2, 1)]
     forms += [(2, 1, 8, 4, 2), (2, 1, 8, 3, 2), (4, 1, 8, 2, 1)]
     for teams, slices, cluster, ahead, buffers in forms:
-        if parts >= 4 and slices == 4:
-            slices = 3  # 17 warps leave 96 registers a thread, and small groups need more
         if pairs:
             teams, slices = max(2, teams), max(1, min(slices, 2))  # a pair of warpgroups has the pairs of features
             if 4 * teams // cluster % 2 or teams % 2:
+                continue
+        if parts >= 4 and teams * slices == 4:  # 17 warps leave 96 registers a thread, and small groups need more
+            slices -= 1
+            if not slices:
                 continue
         units = math.ceil(chunks / (2 * cluster))
         if teams == 1 and slices == 4 and -(-units // 3) * 3 < -(-units // 4) * 4:
