@@ -2,7 +2,9 @@
 //
 // Computes      y[m, j] = x[m, perm[j]]
 // Tensors       x: X [M, K]; perm: int32 [K]; y: X [M, K]; all contiguous, 16-byte aligned
+// Layout        perm: packed position -> input feature, as formats/tiles.py has it
 // Mapping       a thread has eight neighbours of y, in the order of memory; grid x: as many blocks as that takes
+// Shared memory none
 // Constants     X: half_t, bf16_t; K: a multiple of 8; THREADS
 // Roof          latency: a kernel more in the chain. Every block of wgmma.cu gathering for itself added 9 us to 11
 //               (12288 x 4096, 16 rows): 2-byte loads, a cycle each
