@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -37,7 +38,7 @@ def text(source: Source, parameters: str) -> str:
         r"auto& \2 = *reinterpret_cast<\1(*)\3>(static_shared(__LINE__, sizeof(\1\3)));",
         kernel,
     )
-    read = {"q": "Argument{argument[%d]}"}
+    read = {"q": "Argument{argument[%d]}", "t": "*static_cast<TensorMap*>(argument[%d])"}
     read |= {kind: f"*static_cast<{number}*>(argument[%d])" for kind, number in (("n", "long long"), ("d", "double"))}
     arguments = ", ".join(read[kind] % i for i, kind in enumerate(parameters))
     return f'{source.prelude()}{kernel}\n#define CALL {source.entry}({arguments})\n#include "launch.h"\n'
@@ -72,7 +73,7 @@ def launch(
     parameters: str,
     grid: tuple[int, int, int],
     threads: int,
-    *arguments: torch.Tensor | int | float | None,
+    *arguments: torch.Tensor | tuple[torch.Tensor, int] | int | float | None,
     shared_bytes: int = 0,
     cluster: int = 1,
 ) -> None:
@@ -80,10 +81,11 @@ def launch(
 
     Args:
         source: the specialisation.
-        parameters: a letter an argument: ``q`` a pointer, ``n`` a 64-bit integer, ``d`` a double.
+        parameters: a letter an argument: ``q`` a pointer, ``n`` a 64-bit integer, ``d`` a double, ``t`` a tensor map.
         grid: blocks in x (a multiple of ``cluster``), y, z.
         threads: threads a block.
-        arguments: CPU tensors, ``None`` for a null pointer, numbers; results are written into the tensors.
+        arguments: CPU tensors, ``None`` for a null pointer, numbers; results are written into the tensors. For a map
+            its matrix of 16-bit values and the rows of a tile.
         shared_bytes: dynamic shared memory a block. cluster: blocks of one cluster.
     """
     held: list[object] = []
@@ -91,6 +93,14 @@ def launch(
     for i, (kind, value) in enumerate(zip(parameters, arguments, strict=True)):
         if kind == "q":
             addresses[i] = value.data_ptr() if isinstance(value, torch.Tensor) else None
+            continue
+        if isinstance(value, tuple):
+            matrix, tile_rows = value
+            room = ctypes.create_string_buffer(128 + 64)
+            addresses[i] = -(-ctypes.addressof(room) // 64) * 64
+            fields = struct.pack("qqqq", matrix.data_ptr(), matrix.shape[1], matrix.shape[0], tile_rows)
+            ctypes.memmove(addresses[i], fields, len(fields))
+            held.append(room)
             continue
         number = ctypes.c_double(value) if kind == "d" else ctypes.c_longlong(value)  # type: ignore[arg-type]
         held.append(number)

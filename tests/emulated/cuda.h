@@ -70,6 +70,7 @@ static void warp_barrier() { wait_at(warp_of().barrier, 32); }
 
 #define __global__
 #define __device__
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)

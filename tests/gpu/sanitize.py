@@ -33,6 +33,9 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), v) for m in (1, 9, 33, 64) for v in FEW),
     *((W4A16Case(m, 128, 512, 64, bias=True, norm="layernorm"), v) for m in (1, 16) for v in FEW),
     *((W4A16Case(3, 384, 256, 64, activation="silu_mul", residual=True), v) for v in FEW),
+    *((W4A16Case(m, 136, 520, 64), "gemm") for m in (1, 33, 64, 200)),
+    *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "gemm") for m in (33, 200)),
+    (W4A16Case(70, 384, 256, 64, activation="silu_mul", residual=True), "gemm"),
     *((W4A16Case(m, 12288, 512), "wgmma") for m in (1, 16, 32, 64)),  # several tiles a worker
 )
 

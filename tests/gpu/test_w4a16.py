@@ -326,8 +326,8 @@ def test_opcheck_around_the_product() -> None:
 def _runs(variant: str) -> None:
     card = current()
     assert card is not None
-    if variant == "wgmma" and card.capability != (9, 0):
-        pytest.skip("wgmma is of Hopper only")
+    if variant in ("wgmma", "gemm") and card.capability != (9, 0):
+        pytest.skip("wgmma and the copy engine are of Hopper only")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -354,7 +354,18 @@ def test_kernels_for_few_rows_with_all_around(variant: str, norm: str, m: int) -
         check_case(case, "cuda", variant=variant)
 
 
-@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 17, 33, 64, 100, 256, 1000])
+def test_gemm_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
+    _runs("gemm")
+    for n, k, group_size in ((256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1), (12288, 2048, 256)):
+        case = W4A16Case(m, n, k, group_size, dtype, symmetric=n % 64 == 0, act_order=k == 200, bias=n % 64 != 0)
+        check_case(case, "cuda", variant="gemm")
+    for activation in ("gelu", "gelu_tanh", "silu_mul"):
+        check_case(W4A16Case(m, 384, 1024, 64, dtype, activation=activation, residual=True), "cuda", variant="gemm")
+
+
+@pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])
 def test_the_same_bits_from_run_to_run(variant: str) -> None:
     _runs(variant)
     for m, n, k in ((1, 4096, 4096), (16, 12288, 4096), (33, 4096, 8192)):
@@ -364,7 +375,7 @@ def test_the_same_bits_from_run_to_run(variant: str) -> None:
         assert all(torch.equal(case.run(inputs, variant)[0], want) for _ in range(50))
 
 
-@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+@pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])
 def test_a_weight_that_was_just_written(variant: str) -> None:
     """Both kernels ask for weights before the previous kernel is complete, unless that may have written them."""
     _runs(variant)

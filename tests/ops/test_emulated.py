@@ -13,7 +13,7 @@ from nybble.ops.norm import op as norm_op
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.w4a16 import op as linear_op
 from nybble.ops.w4a16.cases import EPS, W4A16Case
-from nybble.ops.w4a16.cost import stream_shape, wgmma_shape
+from nybble.ops.w4a16.cost import gemm_shape, stream_shape, wgmma_shape
 from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import H200
 
@@ -160,6 +160,36 @@ def test_stream(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
 @pytest.mark.parametrize(("case", "workers", "changed"), COPIED, ids=lambda value: str(value)[:80])
 def test_wgmma(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
     few("wgmma", case, workers, changed)
+
+
+# For many rows, with how many blocks.
+MANY: list[tuple[W4A16Case, int, dict[str, int]]] = [
+    (W4A16Case(64, 128, 512), 1, {}),
+    (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True), 2, {"TEAMS": 1, "AHEAD": 2}),
+    (W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True), 2, {"TEAMS": 1, "AHEAD": 3, "TILE_M": 64}),
+    (W4A16Case(130, 256, 448, 16, symmetric=False), 1, {"TEAMS": 4, "AHEAD": 2, "TILE_M": 64}),
+    (W4A16Case(33, 256, 256, -1, residual=True), 2, {"TEAMS": 3}),
+    (W4A16Case(150, 320, 384, 256, bias=True, activation="gelu", residual=True), 4, {"TEAMS": 2}),
+    (W4A16Case(70, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 2, {"TEAMS": 2}),
+    (W4A16Case(20, 512, 256, activation="silu_mul"), 1, {"TEAMS": 4, "TILE_M": 16}),
+    (W4A16Case(100, 128, 256, scale_dtype=FLOAT), 1, {"TILE_M": 32}),
+]
+
+
+@pytest.mark.parametrize(("case", "blocks", "changed"), MANY, ids=lambda value: str(value)[:80])
+def test_gemm(case: W4A16Case, blocks: int, changed: dict[str, int]) -> None:
+    spec, inputs = case.spec(), case.make()
+    chosen = gemm_shape(spec, H200)
+    assert isinstance(chosen, dict)
+    config, weight = chosen | {"SHARED": 227 << 10} | changed, inputs.weight
+    y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
+    x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
+    emulate.launch(
+        linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqn", (blocks, 1, 1),
+        128 * config["TEAMS"] + 128, (x, config["TILE_M"]), weight.qweight, weight.scales, weight.qzeros,
+        inputs.bias, inputs.residual, y, case.m, shared_bytes=config["SHARED"],
+    )  # fmt: skip
+    within(case, inputs, (y,))
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])

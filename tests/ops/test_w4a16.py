@@ -22,7 +22,7 @@ from nybble.runtime.hardware import A100, H200
 
 SMALL = W4A16Case(3, 72, 200, 32, torch.float16, symmetric=False)
 
-PLAIN = r"\['mma', 'wgmma', 'stream', 'reference'\]"
+PLAIN = r"\['mma', 'wgmma', 'gemm', 'stream', 'reference'\]"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -319,6 +319,7 @@ def test_a_plain_kernel_is_refused_with_anything_around_it(around: dict[str, Any
     assert why["mma"] == "no prologue or epilogue; composed instead"
     assert not [c for c in choice.candidates if c.refused and c.variant == "composed"]
     assert choice.pick.variant != "reference"
+    assert ("gemm" in why) == bool(around["norm"])
     plain = cost.choose(W4A16Case(16, 4096, 4096).spec(), H200).pick.us or 0.0
     assert min(c.us or 0.0 for c in choice.candidates if c.variant == "composed") > plain
 
@@ -342,8 +343,14 @@ class Recorder:
     made: list[Recorder] = []  # noqa: RUF012
 
     def launch(self, grid: Any, *arguments: Any, alone: bool = False) -> None:
-        assert len(arguments) == {"8q": 8, "11qd": 12}[self.parameters]
+        assert len(arguments) == {"8q": 8, "11qd": 12, "128s7q": 8, "4q": 4}[self.parameters]
         self.launches.append((grid, arguments, alone))
+
+    def clusters_at_once(self) -> int:
+        return 1
+
+    def tensor_map(self, matrix: Tensor, rows: int, tile_rows: int) -> bytes:
+        return f"{matrix.data_ptr()} {rows} {tile_rows}".encode()
 
 
 @pytest.fixture
@@ -392,6 +399,47 @@ def test_a_plain_stream_launch_has_nothing_around_it(plans: list[Recorder]) -> N
     constants = dict(plan.source.constants)
     around = ("NORM", "NORM_BIAS", "ACT", "RESIDUAL", "SPLIT1", "SPLIT2")
     assert [constants[name] for name in around] == [0, False, 0, False, 72, 72]
+
+
+def _pick(monkeypatch: pytest.MonkeyPatch, variant: str, **config: int) -> None:
+    candidate = Candidate(variant, tuple(config.items()), 1.0, "test")
+    monkeypatch.setattr(op.cost, "choose", lambda spec, hardware: Choice(candidate, (candidate,)))
+
+
+def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, AHEAD=2, SHARED=60000, GATHERED=0)
+    case = W4A16Case(40, 320, 256, 64, bias=True, residual=True)
+    inputs, weight = case.make(), case.make().weight
+    for _ in range(2):
+        y = op._launch(inputs.x, weight, inputs.bias, "auto", inputs.residual)
+    (plan,) = plans
+    (grid, arguments, alone), (_, _, again) = plan.launches
+    assert grid == (9, 1, 1)  # 3 tiles of rows, 3 of 128 features
+    assert arguments[0] == f"{inputs.x.data_ptr()} 40 16".encode()
+    pointers = (weight.qweight, weight.scales, None, inputs.bias, inputs.residual)
+    assert arguments[1:6] == tuple(0 if t is None else t.data_ptr() for t in pointers)
+    assert plan.launches[1][1][-2:] == (y.data_ptr(), 40)
+    assert (alone, again) == (True, False)
+    assert plan.given["threads"] == 2 * 128 + 128
+    (ready,) = op._PLANS.values()
+    assert isinstance(ready, op.Ready)
+    assert list(ready.maps) == [(inputs.x.data_ptr(), 40)]
+
+
+def test_act_order_is_gathered_before_the_product(plans: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    _pick(
+        monkeypatch, "wgmma",
+        TILE_M=16, TEAMS=1, SLICES=3, CLUSTER=2, AHEAD=2, SUM_ROWS=16, BUFFERS=1, GATHERED=1, BLOCKS=1, SHARED=60000,
+    )  # fmt: skip
+    inputs = W4A16Case(16, 320, 256, 64, act_order=True).make()
+    op._launch(inputs.x, inputs.weight, None, "auto")
+    product, gather = plans
+    ((grid, (source, order, ordered, rows), alone),) = gather.launches
+    assert inputs.weight.perm is not None
+    assert (grid, source, order, rows) == ((4, 1, 1), inputs.x.data_ptr(), inputs.weight.perm.data_ptr(), 16)
+    ((grid, arguments, _),) = product.launches
+    assert (grid, arguments[0], alone) == ((2, 1, 1), ordered, True)
+    assert product.given["threads"] == 3 * 128 + 32
 
 
 def test_planes_have_one_allocation_and_their_own_plan(plans: list[Recorder]) -> None:

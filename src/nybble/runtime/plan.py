@@ -15,6 +15,8 @@ import torch
 
 from nybble.runtime.build import Binary
 
+MAP = "128s"
+"""A tensor map among a kernel's parameters."""
 _MAX_KEPT = 1024
 """Grids and streams a plan remembers before it starts anew, so that odd uses can't grow it without end."""
 
@@ -32,7 +34,8 @@ class Plan:
 
     Args:
         binary: the compiled kernel.
-        parameters: what the kernel takes, as a ``struct`` format: ``q`` a pointer or 64-bit integer, ``d`` a double.
+        parameters: what the kernel takes, as a ``struct`` format: ``q`` a pointer or 64-bit integer, ``d`` a double,
+            ``128s`` before them a tensor map (:meth:`tensor_map`).
         device: index of the CUDA device its tensors live on.
         threads: threads a block.
         shared_bytes: dynamic shared memory a block, allowed once here.
@@ -42,7 +45,7 @@ class Plan:
     """
 
     __slots__ = (
-        "_configs", "_driver", "_function", "_kernel", "_launch", "_ok", "_pack", "_slots", "_struct",
+        "_configs", "_driver", "_function", "_kernel", "_launch", "_maps", "_ok", "_pack", "_slots", "_struct",
         "cluster", "device", "overlap", "shared_bytes", "threads",
     )  # fmt: skip
 
@@ -61,6 +64,7 @@ class Plan:
         self.cluster, self.overlap = cluster, overlap
         self._configs: dict[tuple[tuple[int, int, int], int, bool], Any] = {}
         self._struct = struct.Struct(f"={parameters}")
+        self._maps = 1 if parameters.startswith(MAP) else 0
         self._pack, self._slots = self._struct.pack_into, []
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the primary context exists and is current
@@ -82,7 +86,7 @@ class Plan:
             raise RuntimeError(f"the CUDA driver refused a kernel: {answer[0].name}")
         return answer[1] if len(answer) > 1 else None
 
-    def launch(self, grid: tuple[int, int, int], *arguments: int | float, alone: bool = False) -> None:
+    def launch(self, grid: tuple[int, int, int], *arguments: int | float | bytes, alone: bool = False) -> None:
         """Launch on the current stream of the plan's device.
 
         Args:
@@ -113,10 +117,38 @@ class Plan:
             config = self._config((self.cluster, 1, 1), 0, alone=True)
             return int(self._done(self._driver.cuOccupancyMaxActiveClusters(self._function, config)))
 
+    def tensor_map(self, matrix: torch.Tensor, rows: int, tile_rows: int) -> bytes:
+        """The driver's description of a 16-bit matrix for the copy engine, as a kernel takes it.
+
+        Args:
+            matrix: ``[..., columns]``, contiguous, 16-byte aligned, columns a multiple of 8.
+            rows: of it. tile_rows: of a tile, which is 64 columns wide, swizzled over 128 bytes, zero past the end.
+        """
+        driver, columns = self._driver, matrix.shape[-1]
+        kinds = driver.CUtensorMapDataType
+        half = matrix.dtype is torch.float16
+        made = self._done(
+            driver.cuTensorMapEncodeTiled(
+                kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                matrix.data_ptr(),
+                [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+                [driver.cuuint64_t(columns * 2)],
+                [driver.cuuint32_t(64), driver.cuuint32_t(tile_rows)],
+                [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        )
+        return ctypes.string_at(int(made.getPtr()), 128)
+
     def _slot(self) -> _Slot:
         values = ctypes.create_string_buffer(self._struct.size)
-        start, count = ctypes.addressof(values), self._struct.size // 8
-        addresses = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        start, end = ctypes.addressof(values), ctypes.addressof(values) + self._struct.size
+        places = [start] * self._maps + list(range(start + 128 * self._maps, end, 8))
+        addresses = (ctypes.c_void_p * len(places))(*places)
         return _Slot(values, addresses, ctypes.addressof(addresses))
 
     def _config(self, grid: tuple[int, int, int], stream: int, alone: bool) -> Any:

@@ -187,6 +187,39 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
 
 
+def gemm_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
+    """The constants of ``gemm.cu`` for a request, or why it can't run it."""
+    pairs, size = spec.activation == "silu_mul", spec.group_size
+    if hardware.capability != (9, 0):
+        return "needs the wgmma of compute capability 9.0"
+    if spec.norm or spec.splits:
+        return "no prologue, and one result; composed instead"
+    if size not in (16, 32, 64) and size % 128 and size < spec.k:
+        return f"group_size {size} is neither 16, 32, 64 nor a multiple of 128"
+    if pairs and spec.n % 128:
+        return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
+    tile = min(128, max(16, spec.m))
+    parts = 128 // size if size < min(128, spec.k) else 1
+    across = math.ceil(spec.m / tile)
+    # As many output features a block as leave the fewest turns for all tiles; more a block read x less often.
+    allowed = [t for t in ((2, 4) if pairs else (1, 2, 3, 4)) if tile < 128 or t <= 2]
+    turns = {t: math.ceil(across * math.ceil(spec.n / (64 * t)) / hardware.sms) * t for t in allowed}
+    teams = min(allowed, key=lambda t: (turns[t], -t))
+    stage = 2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
+    stage, rest = math.ceil(stage / 1024) * 1024, teams * 16 * 68 * 4
+    ahead = min(6, math.ceil(spec.k / 128), (hardware.shared_bytes - rest) // (stage + 16))
+    shared = ahead * (stage + 16) + rest
+    return {"TILE_M": tile, "TEAMS": teams, "AHEAD": ahead, "SHARED": shared, "GATHERED": int(spec.perm)}
+
+
+def _gemm(spec: Spec, hardware: Hardware) -> Candidate:
+    config = gemm_shape(spec, hardware)
+    if isinstance(config, str):
+        return Candidate("gemm", (), None, config, refused=True)
+    reason = f"{config['TILE_M']} rows x {64 * config['TEAMS']} features a tile"
+    return Candidate("gemm", tuple(config.items()), None, f"{reason}; no rows yet to predict from, so never chosen")
+
+
 def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     """The kernel that has everything around the product in it."""
     config = wgmma_shape(spec, hardware) if variant == "wgmma" else stream_shape(spec, hardware)
@@ -226,7 +259,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     elif spec.dtype not in HALF:
         reason = f"needs float16 or bfloat16 activations, got {spec.dtype}"
     if reason or hardware is None:
-        names = ("mma", "wgmma", "stream", "composed") if spec.around else ("mma", "wgmma", "stream")
+        names = ("mma", "wgmma", "gemm", "stream", *(("composed",) if spec.around else ()))
         return [*(Candidate(name, (), None, reason, refused=True) for name in names), reference]
     tile, slices, slower = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
     slices = min(slices, 4) if spec.perm else slices
@@ -235,7 +268,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     reason = f"{tile} rows x 64 features a block, {slices} slices along K"
     config = (("TILE_M", tile), ("SLICES", slices))
     mma = Candidate("mma", config, LAUNCH_US + max(memory, maths), reason)
-    whole = [_whole(spec, hardware, "wgmma"), _whole(spec, hardware, "stream")]
+    whole = [_whole(spec, hardware, "wgmma"), _gemm(spec, hardware), _whole(spec, hardware, "stream")]
     if not spec.around:
         return [mma, *whole, reference]
     # Each kernel around the product starts, and moves about one tensor in and one out.

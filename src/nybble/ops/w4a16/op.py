@@ -17,15 +17,15 @@ from nybble.runtime import hardware
 from nybble.runtime.build import compile_kernel
 from nybble.runtime.choice import Candidate
 from nybble.runtime.errors import wrong_type, wrong_value
-from nybble.runtime.plan import Plan
+from nybble.runtime.plan import MAP, Plan
 from nybble.runtime.source import PACKAGE, Source
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
-KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "stream")}
-PARAMETERS = {"mma": "8q", "wgmma": "11qd", "stream": "11qd", "gather": "4q"}
+KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "gemm", "stream")}
+PARAMETERS = {"mma": "8q", "wgmma": "11qd", "gemm": f"{MAP}7q", "stream": "11qd", "gather": "4q"}
 GATHER, GATHER_THREADS = PACKAGE / "ops" / "w4a16" / "gather.cu", 128
 
 _INF = float("inf")
@@ -74,20 +74,23 @@ class Ready(NamedTuple):
     """A plan and what its launches need besides.
 
     Attributes:
-        plan: the kernel.
-        tile_m: rows a block. across: blocks side by side along the output features.
-        whole: it is ``wgmma.cu`` or ``stream.cu``, with everything around the product in it.
+        variant: which kernel file it is. plan: the kernel.
+        tile_m: rows a block. across: blocks, of ``gemm.cu`` tiles, side by side along the output features.
+        most: blocks of ``gemm.cu`` that run at once.
         gather: for act-order, the kernel that brings the activations into the weight's order before the product.
         templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
             half the host time of `new_empty` with a shape, 0.6 us.
+        maps: of ``gemm.cu``: where x was and its rows, and what the driver encoded for them.
     """
 
+    variant: str
     plan: Plan
     tile_m: int
     across: int
-    whole: bool
+    most: int
     gather: Plan | None
     templates: dict[tuple[int, ...], Tensor]
+    maps: dict[tuple[int, int], bytes]
 
 
 _PLANS: dict[tuple[Any, ...], Ready | str] = {}
@@ -312,7 +315,7 @@ def _launch(
             )  # fmt: skip
         bias, residual = _straight(bias), _straight(residual)
         norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
-    plan, tile_m, across, whole, gather, templates = ready
+    kernel, plan, tile_m, across, most, gather, templates, maps = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
     template = templates.get(shape)
@@ -326,18 +329,31 @@ def _launch(
         return y
     zeros, order = 0 if qzeros is None else qzeros.data_ptr(), 0 if perm is None else perm.data_ptr()
     added = 0 if bias is None else bias.data_ptr()
-    if not whole:
+    if kernel == "mma":
         plan.launch(
             (-(-rows // tile_m), across, 1),
             x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), zeros, order, added, y.data_ptr(), rows,
         )  # fmt: skip
         return y
-    grid, alone = (across, -(-rows // tile_m), 1), plan.overlap and weight.settle()
+    down, alone = -(-rows // tile_m), plan.overlap and weight.settle()
     if gather is not None:
         ordered = torch.empty_like(x)
         blocks = -(-rows * k // (8 * GATHER_THREADS))
         gather.launch((blocks, 1, 1), x.data_ptr(), order, ordered.data_ptr(), rows, alone=alone)
         x = ordered
+    if kernel == "gemm":
+        place = (x.data_ptr(), rows)
+        encoded = maps.get(place)
+        if encoded is None:
+            if len(maps) >= _MAX_TEMPLATES:
+                maps.clear()
+            encoded = maps[place] = plan.tensor_map(x, rows, tile_m)
+        plan.launch(
+            (min(down * across, most), 1, 1),
+            encoded, qweight.data_ptr(), scales.data_ptr(), zeros, added,
+            0 if residual is None else residual.data_ptr(), y.data_ptr(), rows, alone=alone,
+        )  # fmt: skip
+        return y
     arguments = (
         x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), zeros, order, added,
         0 if residual is None else residual.data_ptr(),
@@ -345,7 +361,7 @@ def _launch(
         0 if norm_bias is None else norm_bias.data_ptr(),
         y.data_ptr(), rows, eps,
     )  # fmt: skip
-    plan.launch(grid, *arguments, alone=alone)
+    plan.launch((across, down, 1), *arguments, alone=alone)
     return y
 
 
@@ -388,10 +404,13 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     binary, config = compile_kernel(source(spec, chosen), card.arch), dict(chosen.config)
     if chosen.variant == "mma":
         plan = Plan(binary, PARAMETERS["mma"], device=device, threads=128 * config["SLICES"])
-        return Ready(plan, config["TILE_M"], -(-spec.n // 64), False, None, {})
-    wgmma, cluster = chosen.variant == "wgmma", config["CLUSTER"]
-    # wgmma.cu has a warp more, that copies; its workers take tile after tile, so there are as many as run at once.
-    threads = 128 * config["TEAMS"] * config["SLICES"] + 32 if wgmma else 32 * config["WARPS_N"] * config["SLICES"]
+        return Ready("mma", plan, config["TILE_M"], -(-spec.n // 64), 0, None, {}, {})
+    cluster = config.get("CLUSTER", 1)
+    if chosen.variant == "stream":
+        features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
+    else:  # a warp more in wgmma.cu, a warpgroup in gemm.cu, to ask for the weights
+        copying = 32 if chosen.variant == "wgmma" else 128
+        features, threads = 64 * config["TEAMS"], 128 * config["TEAMS"] * config.get("SLICES", 1) + copying
     plan = Plan(
         binary,
         PARAMETERS[chosen.variant],
@@ -401,13 +420,14 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
         cluster=cluster,
         overlap=card.capability >= (9, 0),
     )
-    tiles = -(-spec.n // (64 * config["TEAMS"] if wgmma else 16 * config["WARPS_N"] * config["STRIPS"]))
-    workers = min(tiles, plan.clusters_at_once()) if wgmma else tiles
+    tiles = -(-spec.n // features)
+    # The workers of wgmma.cu take tile after tile, so there are as many as run at once; so do the blocks of gemm.cu.
+    workers = min(tiles, plan.clusters_at_once()) if chosen.variant == "wgmma" else tiles
     gather = None
     if config.get("GATHERED"):
-        kernel = compile_kernel(gather_source(spec), card.arch)
-        gather = Plan(kernel, PARAMETERS["gather"], device=device, threads=GATHER_THREADS, overlap=True)
-    return Ready(plan, config["TILE_M"], workers * cluster, True, gather, {})
+        gathering = compile_kernel(gather_source(spec), card.arch)
+        gather = Plan(gathering, PARAMETERS["gather"], device=device, threads=GATHER_THREADS, overlap=True)
+    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, card.sms, gather, {}, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out
@@ -551,8 +571,9 @@ def w4a16_linear(
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
         variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"wgmma"`` (all of it, at
-            most 64 rows, Hopper), ``"stream"`` (the same on other GPUs), ``"reference"``; ``"composed"``, one kernel
-            after the other, where there is anything around the product.
+            most 64 rows, Hopper), ``"gemm"`` (all but a norm, many rows, Hopper), ``"stream"`` (as wgmma, on other
+            GPUs), ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
+            product.
 
     Returns:
         ``[..., N]``, or ``[..., N / 2]`` with silu_mul; contiguous, the dtype of ``x``.

@@ -1,0 +1,237 @@
+// gemm: the 4-bit linear for many rows. Weights are unpacked into the tensor cores' registers, x streams past them through
+// the copy engine, and a block has all of K for its tile, so that no sums are exchanged.
+//
+// Computes      y[m, n] = f(sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
+//               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is never rounded:
+//               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it
+// Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64];
+//               qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X [M, N or N / 2]; unused ones
+//               are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
+// Layout        formats/tiles.py has the diagram; x in shared memory as wgmma.cuh wants B
+// Mapping       grid x: blocks, each of which takes every gridDim.x-th tile of TILE_M rows by 64 * TEAMS output features, row
+//               tiles first, so that blocks side by side share weights in L2. A warpgroup has 64 of the features; one more
+//               warpgroup asks for the tiles
+// Shared memory AHEAD stages of 128 input features: x, weights, scales, zero points; [TEAMS][16][68] float for the results
+// Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
+//               >= K; TILE_M: 16, 32, 64, 128; TEAMS: 1..4 (2 or 4 with silu_mul); AHEAD: stages; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT:
+//               0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128: every other warpgroup has features of up)
+// Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations
+// Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
+#include "barrier.cuh"
+#include "copy.cuh"
+#include "dependent.cuh"
+#include "epilogue.cuh"
+#include "int4.cuh"
+#include "reduce.cuh"
+#include "tensor.cuh"
+#include "vectors.cuh"
+#include "wgmma.cuh"
+
+static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
+static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
+static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
+
+constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;  // of 128 input features
+constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
+constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, wgmmas of a group
+constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
+constexpr int THREADS = 128 * TEAMS;  // that compute
+constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
+constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N, TILES_N = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
+
+constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = 4096;
+constexpr int SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of 64 output features
+constexpr int STAGE_SCALES = X_BYTES + TEAMS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SCALE_BYTES;
+constexpr int STAGE = (STAGE_ZEROS + TEAMS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
+// Where even shares of an SM's registers are too few, the warpgroup that only asks gives its own away; all together have
+// what the launch gave them: 640 * 96 and 384 * 168.
+constexpr int PRODUCER_REGISTERS = TEAMS == 4 ? 24 : TEAMS == 2 && TILE_M == 128 ? 40 : 0;
+constexpr int CONSUMER_REGISTERS = TEAMS == 4 ? 112 : 232;
+static_assert(TEAMS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
+static_assert(TEAMS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
+constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
+constexpr int BYTES = AHEAD * STAGE + TEAMS * 16 * PAD * 4 + 2 * AHEAD * 8;
+static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
+
+extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
+gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ qweight, const S* __restrict__ scales,
+            const unsigned char* __restrict__ qzeros, const X* __restrict__ bias, const X* __restrict__ residual,
+            X* __restrict__ y, long long rows) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    float* const results = reinterpret_cast<float*>(shared + AHEAD * STAGE);
+    Barrier* const filled = reinterpret_cast<Barrier*>(results + TEAMS * 16 * PAD);
+    Barrier* const used = filled + AHEAD;
+
+    const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row8 = lane / 4;
+    const int team = warp / 4, strip = warp % 4;
+    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
+
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
+        barrier_init_done();
+    }
+    __syncthreads();
+
+    // The last warpgroup asks for everything: weights before the previous kernel is complete, x after.
+    if (team == TEAMS) {
+        if constexpr (PRODUCER_REGISTERS > 0) fewer_registers<PRODUCER_REGISTERS>();
+        if (warp != THREADS / 32 || lane != 0) return;
+        int asked = 0;  // stages of this block; where the weights of the next one, and its x, come from
+        auto place = [&](int i, int& tile, int& unit) { tile = blockIdx.x + i / UNITS * gridDim.x, unit = i % UNITS; };
+        auto ask_weights = [&](int i) {
+            int n_tile, unit;
+            place(i, n_tile, unit);
+            n_tile /= tiles_m;
+            const int chunk = unit * 2, chunks = min(2, K64 - chunk);
+            const int groups = PARTS == 1 ? 1 : min(PARTS, GROUPS - chunk * 64 / GROUP);
+            const int group = GROUP >= K ? 0 : chunk * 64 / GROUP;
+            unsigned char* const to = shared + i % AHEAD * STAGE;
+            Barrier* const at = filled + i % AHEAD;
+            barrier_expect(at, X_BYTES + TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
+#pragma unroll
+            for (int t = 0; t < TEAMS; ++t) {
+                int in_n = n_tile * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
+                if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
+                const long long block = min(in_n, N64 - 1), row = block * GROUPS + group;
+                copy_bulk(to + X_BYTES + t * WEIGHT_BYTES, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
+                copy_bulk(to + STAGE_SCALES + t * SCALE_BYTES, scales + row * 64, groups * 64 * sizeof(S), at);
+                if constexpr (ZEROS) copy_bulk(to + STAGE_ZEROS + t * ZERO_BYTES, qzeros + row * 32, groups * 32, at);
+            }
+        };
+        auto ask_x = [&](int i) {
+            int tile, unit;
+            place(i, tile, unit);
+            unsigned char* const to = shared + i % AHEAD * STAGE;
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+                copy_tile(to + c * TILE_M * 128, x_map, (unit * 2 + c) * 64, tile % tiles_m * TILE_M, filled + i % AHEAD);
+        };
+        const int stages = (tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x * UNITS;
+        for (; asked < min(AHEAD, stages); ++asked) ask_weights(asked);
+        wait_for_previous();
+        allow_next();
+        for (int i = 0; i < asked; ++i) ask_x(i);
+        for (; asked < stages; ++asked) {
+            barrier_wait(used + asked % AHEAD, (asked / AHEAD - 1) % 2);
+            ask_weights(asked);
+            ask_x(asked);
+        }
+        return;
+    }
+    if constexpr (PRODUCER_REGISTERS > 0) more_registers<CONSUMER_REGISTERS>();
+    wait_for_previous();  // of this kernel's writes to y, and its reads of residual
+
+    const unsigned x_rows = wgmma_rows(shared);
+    const unsigned char* const my_weights = shared + X_BYTES + team * WEIGHT_BYTES + strip * 512 + lane * 16;
+    const unsigned char* const my_scales = shared + STAGE_SCALES + team * SCALE_BYTES + (strip * 16 + row8 * 2) * sizeof(S);
+    const unsigned char* const my_zeros = shared + STAGE_ZEROS + team * ZERO_BYTES + strip * 8 + row8;
+    int slot = 0, turn = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int n_tile = tile / tiles_m;
+        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M;
+        float total[TILE_M / 2];
+#pragma unroll
+        for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
+#pragma unroll 1
+        for (int unit = 0; unit < UNITS; ++unit) {
+            const int at = slot * STAGE;
+            const unsigned x_unit = x_rows + slot * (STAGE / 16);
+            barrier_wait(filled + slot, turn);
+            const uint4 low = *reinterpret_cast<const uint4*>(my_weights + at);
+            const uint4 high = *reinterpret_cast<const uint4*>(my_weights + at + 2048);
+            const unsigned word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            float scale[PARTS][2];  // of features g and g + 8
+            unsigned zero_points[PARTS];
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {
+                const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + i * 64 * sizeof(S));
+                scale[i][0] = to_float(pair.lane[0]), scale[i][1] = to_float(pair.lane[1]);
+                zero_points[i] = 0x88;
+                if constexpr (ZEROS) zero_points[i] = my_zeros[at + i * 32];
+                // Half a unit has no scales for its other half, only what was in the ring before.
+                if (K64 % 2 != 0 && PARTS > 1 && i >= PARTS / 2 && unit * 2 + 1 >= K64) scale[i][0] = scale[i][1] = 0.0f;
+            }
+            unsigned a[8][4];
+#pragma unroll
+            for (int first = 0; first < PARTS; first += TOGETHER) {
+                float part[TOGETHER][TILE_M / 2];
+#pragma unroll
+                for (int half = 0; half < TOGETHER * STEPS; half += 4) {  // the tensor cores begin when half is unpacked
+                    const int from = first * STEPS + half, upto = from + (TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4);
+#pragma unroll
+                    for (int step = from; step < upto; ++step) {
+                        const unsigned z = zero_points[step / STEPS];
+                        unpack_int4<X>(word[step], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
+                    }
+                    wgmma_fence();
+#pragma unroll
+                    for (int step = from; step < upto; ++step)
+                        wgmma_add<X>(part[step / STEPS - first], a[step],
+                                     x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
+                }
+                wgmma_commit();
+                wgmma_wait<0>();
+                // All of the stage has been read: the weights to registers, x by the products that are complete.
+                if (first + TOGETHER >= PARTS && lane == 0) barrier_arrive(used + slot);
+#pragma unroll
+                for (int p = 0; p < TOGETHER; ++p) {
+                    arrived(part[p]);
+#pragma unroll
+                    for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[first + p][i / 2 % 2] * part[p][i];
+                }
+            }
+            if (++slot == AHEAD) slot = 0, turn ^= 1;
+        }
+
+        // The results, 16 rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
+        // have gate and up go together.
+        constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
+        float* const mine = results + team * 16 * PAD;
+        const float* const gate = results + team / SHARERS * SHARERS * 16 * PAD;
+        const int group = 1 + team / SHARERS, thread = threadIdx.x % (128 * SHARERS);
+#pragma unroll
+        for (int pass = 0; pass < TILE_M / 16; ++pass) {
+            if (first_row + pass * 16 >= rows) break;
+            sync_part(group, 128 * SHARERS);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                mine[row * PAD + strip * 16 + row8 + i % 4 / 2 * 8] = total[pass * 8 + i];
+            }
+            sync_part(group, 128 * SHARERS);
+            for (int piece = thread; piece < 256; piece += 128 * SHARERS) {  // of four features
+                const int row = piece / 16, column = piece % 16 * 4;
+                const int feature = n_tile * BLOCK_OUT + team / SHARERS * 64 + column;
+                const long long m = first_row + pass * 16 + row;
+                if (m >= rows || feature >= N_OUT) continue;
+                float value[4], extra[4];
+                auto sum_of = [&](const float* of, int of_bias, float (&value)[4]) {
+                    const float4 v = *reinterpret_cast<const float4*>(of + row * PAD + column);
+                    value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+                    if constexpr (BIAS) {
+                        load_vector(bias + of_bias, extra);
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) value[e] += extra[e];
+                    }
+                };
+                sum_of(gate, feature, value);
+                if constexpr (ACT == SILU_MUL) {
+                    float up[4];
+                    sum_of(gate + 16 * PAD, feature + N / 2, up);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
+                }
+                if constexpr (RESIDUAL) {
+                    load_vector(residual + m * N_OUT + feature, extra);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) value[e] += extra[e];
+                }
+                store_vector(y + m * N_OUT + feature, value);
+            }
+        }
+    }
+}
