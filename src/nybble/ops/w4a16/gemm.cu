@@ -22,6 +22,7 @@
 #include "dependent.cuh"
 #include "epilogue.cuh"
 #include "int4.cuh"
+#include "mma.cuh"
 #include "reduce.cuh"
 #include "tensor.cuh"
 #include "vectors.cuh"
@@ -63,7 +64,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     Barrier* const used = filled + AHEAD;
 
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row8 = lane / 4;
-    const int team = warp / 4, strip = warp % 4;
+    const int team = warp / 4, strip = warp % 4;  // the same in all lanes, so they cost no register of a lane
     const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
 
     if (threadIdx.x == 0) {
@@ -128,8 +129,6 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const unsigned char* const my_zeros = shared + STAGE_ZEROS + team * ZERO_BYTES + strip * 8 + row8;
     int slot = 0, turn = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int n_tile = tile / tiles_m;
-        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M;
         float total[TILE_M / 2];
 #pragma unroll
         for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
@@ -138,9 +137,6 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const int at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
             barrier_wait(filled + slot, turn);
-            const uint4 low = *reinterpret_cast<const uint4*>(my_weights + at);
-            const uint4 high = *reinterpret_cast<const uint4*>(my_weights + at + 2048);
-            const unsigned word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             float scale[PARTS][2];  // of features g and g + 8
             unsigned zero_points[PARTS];
 #pragma unroll
@@ -152,17 +148,21 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 // Half a unit has no scales for its other half, only what was in the ring before.
                 if (K64 % 2 != 0 && PARTS > 1 && i >= PARTS / 2 && unit * 2 + 1 >= K64) scale[i][0] = scale[i][1] = 0.0f;
             }
-            unsigned a[8][4];
+            unsigned word[4], a[8][4];
 #pragma unroll
             for (int first = 0; first < PARTS; first += TOGETHER) {
                 float part[TOGETHER][TILE_M / 2];
 #pragma unroll
                 for (int half = 0; half < TOGETHER * STEPS; half += 4) {  // the tensor cores begin when half is unpacked
                     const int from = first * STEPS + half, upto = from + (TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4);
+                    if (from % 4 == 0) {  // four steps' words; the other four wait in shared memory, as registers are few
+                        const uint4 four = *reinterpret_cast<const uint4*>(my_weights + at + from / 4 * 2048);
+                        word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+                    }
 #pragma unroll
                     for (int step = from; step < upto; ++step) {
                         const unsigned z = zero_points[step / STEPS];
-                        unpack_int4<X>(word[step], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
+                        unpack_int4<X>(word[step % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
                     }
                     wgmma_fence();
 #pragma unroll
@@ -186,10 +186,15 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 
         // The results, 16 rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
         // have gate and up go together.
+        const int n_tile = tile / tiles_m;
+        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M;
         constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
+        unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product
+        pin(index);
+        const int lane = index % 32, row8 = lane / 4;
         float* const mine = results + team * 16 * PAD;
         const float* const gate = results + team / SHARERS * SHARERS * 16 * PAD;
-        const int group = 1 + team / SHARERS, thread = threadIdx.x % (128 * SHARERS);
+        const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
 #pragma unroll
         for (int pass = 0; pass < TILE_M / 16; ++pass) {
             if (first_row + pass * 16 >= rows) break;
