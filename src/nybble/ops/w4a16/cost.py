@@ -143,8 +143,8 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     if tile == 8:
         if once:
             forms += [(1, 3, 2, 4, 2)] if spec.k <= 8192 else []
-        elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4096 and not pairs:
-            forms += [(1, 2, 2, 3, 2)]  # three blocks an SM
+        elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4096 and not pairs and not spec.norm:
+            forms += [(1, 2, 2, 3, 2)]  # three blocks an SM; with a norm they would all be at it at once: 13.1 us for 8.4
         forms += [(1, 4, 2, 4, 2), (1, 4, 2, 3, 2)]
     elif tile == 16:
         forms += [(1, 3, 2, 3, 1)] if once and spec.k <= 8192 else []
@@ -234,7 +234,7 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
         if config.get("GATHERED"):
             start, reason = start + GATHER_US, f"{reason}, x gathered before"
         if spec.norm:  # of every row in every cluster, while no weights can be used
-            start += 1.6 + 0.2 * spec.m + 2.6 * (config["BLOCKS"] > 1) + (1.5 + 0.5 * spec.m) * spec.perm
+            start += 1.7 + 0.2 * spec.m + (1.5 + 0.5 * spec.m) * spec.perm
         slower *= WIDE.get(config["CLUSTER"], 1.0) if spec.m <= 32 else 1.0
     elif spec.zeros or spec.perm or spec.group_size < 64 or spec.k % 512:
         start, slower = 1.6 * start, 1.4 * slower  # more loads a chunk than registers to have them on their way in
