@@ -166,13 +166,20 @@ def test_wgmma(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
 MANY: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(64, 128, 512), 1, {}),
     (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True), 2, {"TEAMS": 1, "AHEAD": 2}),
-    (W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True), 2, {"TEAMS": 1, "AHEAD": 3, "TILE_M": 64}),
+    (
+        W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True),
+        2,
+        {"TEAMS": 1, "AHEAD": 3, "TILE_M": 64, "CLUSTER": 1},
+    ),
     (W4A16Case(130, 256, 448, 16, symmetric=False), 1, {"TEAMS": 4, "AHEAD": 2, "TILE_M": 64}),
     (W4A16Case(33, 256, 256, -1, residual=True), 2, {"TEAMS": 3}),
     (W4A16Case(150, 320, 384, 256, bias=True, activation="gelu", residual=True), 4, {"TEAMS": 2}),
     (W4A16Case(70, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 2, {"TEAMS": 2}),
     (W4A16Case(20, 512, 256, activation="silu_mul"), 1, {"TEAMS": 4, "TILE_M": 16}),
     (W4A16Case(100, 128, 256, scale_dtype=FLOAT), 1, {"TILE_M": 32}),
+    (W4A16Case(70, 328, 640, 64, BRAIN, bias=True), 2, {"TEAMS": 1, "CLUSTER": 2, "AHEAD": 3}),  # the last tile alone
+    (W4A16Case(40, 512, 384, activation="silu_mul", residual=True), 1, {"TEAMS": 2, "CLUSTER": 2, "AHEAD": 2}),
+    (W4A16Case(33, 384, 512), 1, {"TEAMS": 1, "CLUSTER": 4, "AHEAD": 4}),
 ]
 
 
@@ -185,9 +192,10 @@ def test_gemm(case: W4A16Case, blocks: int, changed: dict[str, int]) -> None:
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
     emulate.launch(
-        linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqn", (blocks, 1, 1),
-        128 * config["TEAMS"] + 128, (x, config["TILE_M"]), weight.qweight, weight.scales, weight.qzeros,
-        inputs.bias, inputs.residual, y, case.m, shared_bytes=config["SHARED"],
+        linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqn",
+        (blocks * config["CLUSTER"], 1, 1), 128 * config["TEAMS"] + 128, (x, config["TILE_M"] // config["CLUSTER"]),
+        weight.qweight, weight.scales, weight.qzeros, inputs.bias, inputs.residual, y, case.m,
+        shared_bytes=config["SHARED"], cluster=config["CLUSTER"],
     )  # fmt: skip
     within(case, inputs, (y,))
 

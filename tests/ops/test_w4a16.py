@@ -407,15 +407,16 @@ def _pick(monkeypatch: pytest.MonkeyPatch, variant: str, **config: int) -> None:
 
 
 def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
-    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, AHEAD=2, SHARED=60000, GATHERED=0)
+    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, CLUSTER=2, AHEAD=2, SHARED=60000, GATHERED=0)
+    monkeypatch.setattr(Recorder, "clusters_at_once", lambda self: 4)
     case = W4A16Case(40, 320, 256, 64, bias=True, residual=True)
     inputs, weight = case.make(), case.make().weight
     for _ in range(2):
         y = op._launch(inputs.x, weight, inputs.bias, "auto", inputs.residual)
     (plan,) = plans
     (grid, arguments, alone), (_, _, again) = plan.launches
-    assert grid == (9, 1, 1)  # 3 tiles of rows, 3 of 128 features
-    assert arguments[0] == f"{inputs.x.data_ptr()} 40 16".encode()
+    assert grid == (2 * 4, 1, 1)  # 3 tiles of rows, 2 of twice 128 features, 4 of these clusters at once
+    assert arguments[0] == f"{inputs.x.data_ptr()} 40 8".encode()
     pointers = (weight.qweight, weight.scales, None, inputs.bias, inputs.residual)
     assert arguments[1:6] == tuple(0 if t is None else t.data_ptr() for t in pointers)
     assert plan.launches[1][1][-2:] == (y.data_ptr(), 40)

@@ -17,6 +17,16 @@ __device__ __forceinline__ void copy_tile(void* to_shared, const TensorMap& map,
                  : "memory");
 }
 
+// The same into the same place of every block of the cluster in `blocks`, a bit a block, and counted on each one's barrier.
+__device__ __forceinline__ void copy_tile(void* to_shared, const TensorMap& map, int column, int row, Barrier* at, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to_shared))),
+        "l"(&map), "r"(column), "r"(row), "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))),
+        "h"(static_cast<unsigned short>(blocks))
+        : "memory");
+}
+
 // Fewer or more registers for each thread of a warpgroup from here on. PTX ISA, "setmaxnreg".
 template <int COUNT> __device__ __forceinline__ void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));

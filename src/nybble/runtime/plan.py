@@ -114,6 +114,10 @@ class Plan:
     def clusters_at_once(self) -> int:
         """Clusters of the kernel that run at a time: SMs are in groups, which a cluster never leaves."""
         with torch.cuda.device(self.device):
+            if self.cluster == 1:
+                count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+                of_one = self._done(count(self._function, self.threads, self.shared_bytes))
+                return int(of_one) * torch.cuda.get_device_properties(self.device).multi_processor_count
             config = self._config((self.cluster, 1, 1), 0, alone=True)
             return int(self._done(self._driver.cuOccupancyMaxActiveClusters(self._function, config)))
 

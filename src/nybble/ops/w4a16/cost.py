@@ -144,7 +144,9 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         if once:
             forms += [(1, 3, 2, 4, 2)] if spec.k <= 8192 else []
         elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4096 and not pairs and not spec.norm:
-            forms += [(1, 2, 2, 3, 2)]  # three blocks an SM; with a norm they would all be at it at once: 13.1 us for 8.4
+            forms += [
+                (1, 2, 2, 3, 2)
+            ]  # three blocks an SM; with a norm they would all be at it at once: 13.1 us for 8.4
         forms += [(1, 4, 2, 4, 2), (1, 4, 2, 3, 2)]
     elif tile == 16:
         forms += [(1, 3, 2, 3, 1)] if once and spec.k <= 8192 else []
@@ -209,7 +211,12 @@ def gemm_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     stage, rest = math.ceil(stage / 1024) * 1024, teams * 16 * 68 * 4
     ahead = min(6, math.ceil(spec.k / 128), (hardware.shared_bytes - rest) // (stage + 16))
     shared = ahead * (stage + 16) + rest
-    return {"TILE_M": tile, "TEAMS": teams, "AHEAD": ahead, "SHARED": shared, "GATHERED": int(spec.perm)}
+    # With 128 rows a tile x is most of what a block reads: two fetch it together.
+    cluster = 2 if tile == 128 and spec.n > 64 * teams else 1
+    return {
+        "TILE_M": tile, "TEAMS": teams, "CLUSTER": cluster, "AHEAD": ahead, "SHARED": shared,
+        "GATHERED": int(spec.perm),
+    }  # fmt: skip
 
 
 def _gemm(spec: Spec, hardware: Hardware) -> Candidate:

@@ -8,16 +8,18 @@
 //               qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X [M, N or N / 2]; unused ones
 //               are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
 // Layout        formats/tiles.py has the diagram; x in shared memory as wgmma.cuh wants B
-// Mapping       grid x: blocks, each of which takes every gridDim.x-th tile of TILE_M rows by 64 * TEAMS output features, row
-//               tiles first, so that blocks side by side share weights in L2. A warpgroup has 64 of the features; one more
-//               warpgroup asks for the tiles
+// Mapping       grid x: clusters of CLUSTER blocks; a cluster takes every (gridDim.x / CLUSTER)-th tile of TILE_M rows by
+//               CLUSTER * 64 * TEAMS output features, row tiles first, so that clusters side by side share weights in L2. A
+//               block has its 64 * TEAMS of the features, a warpgroup 64; one more warpgroup asks for the tiles. Each block
+//               of a cluster fetches a part of x for all of them
 // Shared memory AHEAD stages of 128 input features: x, weights, scales, zero points; [TEAMS][16][68] float for the results
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
-//               >= K; TILE_M: 16, 32, 64, 128; TEAMS: 1..4 (2 or 4 with silu_mul); AHEAD: stages; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT:
+//               >= K; TILE_M: 16, 32, 64, 128; TEAMS: 1..4 (2 or 4 with silu_mul); CLUSTER: 1, 2, 4; AHEAD: stages; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT:
 //               0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128: every other warpgroup has features of up)
 // Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
+#include "cluster.cuh"
 #include "copy.cuh"
 #include "dependent.cuh"
 #include "epilogue.cuh"
@@ -40,6 +42,9 @@ constexpr int THREADS = 128 * TEAMS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
 constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N, TILES_N = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
 
+constexpr int PART_M = TILE_M / CLUSTER;  // rows of x that a block fetches
+static_assert(CLUSTER == 1 || AHEAD <= UNITS, "a stage is waited for in the tile after it at the latest");
+static_assert(PART_M * CLUSTER == TILE_M && PART_M % 8 == 0, "blocks fetch parts of 8 rows");
 constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = 4096;
 constexpr int SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of 64 output features
 constexpr int STAGE_SCALES = X_BYTES + TEAMS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SCALE_BYTES;
@@ -65,25 +70,30 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row8 = lane / 4;
     const int team = warp / 4, strip = warp % 4;  // the same in all lanes, so they cost no register of a lane
-    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
+    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * ((TILES_N + CLUSTER - 1) / CLUSTER);
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
+        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, CLUSTER * THREADS / 32);
         barrier_init_done();
     }
     __syncthreads();
+    if constexpr (CLUSTER > 1) cluster_arrive();  // this block's barriers are there
 
     // The last warpgroup asks for everything: weights before the previous kernel is complete, x after.
     if (team == TEAMS) {
         if constexpr (PRODUCER_REGISTERS > 0) fewer_registers<PRODUCER_REGISTERS>();
-        if (warp != THREADS / 32 || lane != 0) return;
+        if (warp != THREADS / 32) {
+            if constexpr (CLUSTER > 1) cluster_wait();
+            return;
+        }
         int asked = 0;  // stages of this block; where the weights of the next one, and its x, come from
-        auto place = [&](int i, int& tile, int& unit) { tile = blockIdx.x + i / UNITS * gridDim.x, unit = i % UNITS; };
+        auto place = [&](int i, int& tile, int& unit) { tile = worker + i / UNITS * workers, unit = i % UNITS; };
         auto ask_weights = [&](int i) {
             int n_tile, unit;
             place(i, n_tile, unit);
-            n_tile /= tiles_m;
+            n_tile = n_tile / tiles_m * CLUSTER + rank;
             const int chunk = unit * 2, chunks = min(2, K64 - chunk);
             const int groups = PARTS == 1 ? 1 : min(PARTS, GROUPS - chunk * 64 / GROUP);
             const int group = GROUP >= K ? 0 : chunk * 64 / GROUP;
@@ -106,10 +116,19 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             unsigned char* const to = shared + i % AHEAD * STAGE;
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-                copy_tile(to + c * TILE_M * 128, x_map, (unit * 2 + c) * 64, tile % tiles_m * TILE_M, filled + i % AHEAD);
+            {
+                unsigned char* const part = to + (c * TILE_M + rank * PART_M) * 128;
+                const int column = (unit * 2 + c) * 64, row = tile % tiles_m * TILE_M + rank * PART_M;
+                if constexpr (CLUSTER > 1) copy_tile(part, x_map, column, row, filled + i % AHEAD, (1 << CLUSTER) - 1);
+                else copy_tile(part, x_map, column, row, filled + i % AHEAD);
+            }
         };
-        const int stages = (tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x * UNITS;
-        for (; asked < min(AHEAD, stages); ++asked) ask_weights(asked);
+        const int stages = (tiles - worker + workers - 1) / workers * UNITS;
+        if (lane == 0)
+            for (; asked < min(AHEAD, stages); ++asked) ask_weights(asked);
+        __syncwarp();
+        if constexpr (CLUSTER > 1) cluster_wait();  // all blocks' are
+        if (lane != 0) return;
         wait_for_previous();
         allow_next();
         for (int i = 0; i < asked; ++i) ask_x(i);
@@ -121,6 +140,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         return;
     }
     if constexpr (PRODUCER_REGISTERS > 0) more_registers<CONSUMER_REGISTERS>();
+    if constexpr (CLUSTER > 1) cluster_wait();
     wait_for_previous();  // of this kernel's writes to y, and its reads of residual
 
     const unsigned x_rows = wgmma_rows(shared);
@@ -128,7 +148,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const unsigned char* const my_scales = shared + STAGE_SCALES + team * SCALE_BYTES + (strip * 16 + row8 * 2) * sizeof(S);
     const unsigned char* const my_zeros = shared + STAGE_ZEROS + team * ZERO_BYTES + strip * 8 + row8;
     int slot = 0, turn = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = worker; tile < tiles; tile += workers) {
         float total[TILE_M / 2];
 #pragma unroll
         for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
@@ -173,7 +193,12 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 wgmma_commit();
                 wgmma_wait<0>();
                 // All of the stage has been read: the weights to registers, x by the products that are complete.
-                if (first + TOGETHER >= PARTS && lane == 0) barrier_arrive(used + slot);
+                if (first + TOGETHER >= PARTS) {
+                    // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
+                    const bool awaited = tile + workers < tiles || unit + AHEAD < UNITS;
+                    if (CLUSTER == 1 && lane == 0) barrier_arrive(used + slot);
+                    if (CLUSTER > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot, lane);
+                }
 #pragma unroll
                 for (int p = 0; p < TOGETHER; ++p) {
                     arrived(part[p]);
@@ -186,7 +211,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 
         // The results, 16 rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
         // have gate and up go together.
-        const int n_tile = tile / tiles_m;
+        const int n_tile = tile / tiles_m * CLUSTER + rank;
         const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M;
         constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
         unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product

@@ -75,8 +75,8 @@ class Ready(NamedTuple):
 
     Attributes:
         variant: which kernel file it is. plan: the kernel.
-        tile_m: rows a block. across: blocks, of ``gemm.cu`` tiles, side by side along the output features.
-        most: blocks of ``gemm.cu`` that run at once.
+        tile_m: rows a block. across: blocks, of ``gemm.cu`` clusters' tiles, side by side along the output features.
+        most: clusters of ``gemm.cu`` that run at once.
         gather: for act-order, the kernel that brings the activations into the weight's order before the product.
         templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
             half the host time of `new_empty` with a shape, 0.6 us.
@@ -347,9 +347,9 @@ def _launch(
         if encoded is None:
             if len(maps) >= _MAX_TEMPLATES:
                 maps.clear()
-            encoded = maps[place] = plan.tensor_map(x, rows, tile_m)
+            encoded = maps[place] = plan.tensor_map(x, rows, tile_m // plan.cluster)
         plan.launch(
-            (min(down * across, most), 1, 1),
+            (min(down * across, most) * plan.cluster, 1, 1),
             encoded, qweight.data_ptr(), scales.data_ptr(), zeros, added,
             0 if residual is None else residual.data_ptr(), y.data_ptr(), rows, alone=alone,
         )  # fmt: skip
@@ -427,7 +427,9 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     if config.get("GATHERED"):
         gathering = compile_kernel(gather_source(spec), card.arch)
         gather = Plan(gathering, PARAMETERS["gather"], device=device, threads=GATHER_THREADS, overlap=True)
-    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, card.sms, gather, {}, {})
+    if chosen.variant == "gemm":
+        return Ready("gemm", plan, config["TILE_M"], -(-tiles // cluster), plan.clusters_at_once(), gather, {}, {})
+    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, gather, {}, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out
