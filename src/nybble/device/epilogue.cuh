@@ -1,5 +1,6 @@
-// What follows a linear layer's sums: activation, and the place of a result that is stored as three planes.
+// What follows a linear layer's sums: bias, activation, residual, and the place of a result, which may be three planes.
 #pragma once
+#include "vectors.cuh"
 
 enum Activation { NONE = 0, GELU = 1, GELU_TANH = 2, SILU_MUL = 3 };
 
@@ -18,4 +19,34 @@ __device__ __forceinline__ X* in_planes(X* y, long long rows, long long m, int f
     if (f < SPLIT1) return y + m * SPLIT1 + f;
     if (f < SPLIT2) return y + rows * SPLIT1 + m * (SPLIT2 - SPLIT1) + (f - SPLIT1);
     return y + rows * SPLIT2 + m * (N - SPLIT2) + (f - SPLIT2);
+}
+
+// Four neighbouring features of row m, from their sums on. `sum(which, value)` adds up those of the result, or with silu_mul of
+// the gate (0) and of up (1).
+template <int ACT, bool BIAS, bool RESIDUAL, int N, int SPLIT1, int SPLIT2, typename X, typename Sum>
+__device__ __forceinline__ void finish_four(const X* bias, const X* residual, X* y, long long rows, long long m, int feature,
+                                            Sum sum) {
+    constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
+    auto add = [](const X* from, float (&value)[4]) {
+        float extra[4];
+        load_vector(from, extra);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) value[e] += extra[e];
+    };
+    float value[4];
+    sum(0, value);
+    if constexpr (BIAS) add(bias + feature, value);
+    if constexpr (ACT == SILU_MUL) {
+        float up[4];
+        sum(1, up);
+        if constexpr (BIAS) add(bias + feature + N / 2, up);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
+    }
+    if constexpr (RESIDUAL) add(residual + m * N_OUT + feature, value);
+    if constexpr (ACT == SILU_MUL) store_vector(y + m * N_OUT + feature, value);
+    else store_vector(in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), value);
 }

@@ -235,32 +235,10 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 const int feature = n_tile * BLOCK_OUT + team / SHARERS * 64 + column;
                 const long long m = first_row + pass * 16 + row;
                 if (m >= rows || feature >= N_OUT) continue;
-                float value[4], extra[4];
-                auto sum_of = [&](const float* of, int of_bias, float (&value)[4]) {
-                    const float4 v = *reinterpret_cast<const float4*>(of + row * PAD + column);
+                finish_four<ACT, BIAS, RESIDUAL, N, N, N>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
+                    const float4 v = *reinterpret_cast<const float4*>(gate + (which * 16 + row) * PAD + column);
                     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
-                    if constexpr (BIAS) {
-                        load_vector(bias + of_bias, extra);
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) value[e] += extra[e];
-                    }
-                };
-                sum_of(gate, feature, value);
-                if constexpr (ACT == SILU_MUL) {
-                    float up[4];
-                    sum_of(gate + 16 * PAD, feature + N / 2, up);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
-                } else {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
-                }
-                if constexpr (RESIDUAL) {
-                    load_vector(residual + m * N_OUT + feature, extra);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) value[e] += extra[e];
-                }
-                store_vector(y + m * N_OUT + feature, value);
+                });
             }
         }
     }

@@ -301,7 +301,11 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
             const int feature = n_tile * BLOCK_OUT + column;
             const long long m = first_row + row;
             if (m >= rows || feature >= N_OUT) continue;
-            auto add_up = [&](int from, int of_bias, float (&value)[4]) {
+            // With silu_mul a warp has WIDTH features of the gate, and behind them as many of up.
+            constexpr int WIDTH = STRIPS * 8;
+            const int begins = ACT == SILU_MUL ? column / WIDTH * 2 * WIDTH + column % WIDTH : column;
+            finish_four<ACT, BIAS, RESIDUAL, N, SPLIT1, SPLIT2>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
+                const int from = begins + which * WIDTH;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) value[e] = 0.0f;
 #pragma unroll
@@ -312,35 +316,7 @@ stream_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
                         const float4 v = CLUSTER > 1 ? cluster_load4(at, r) : *reinterpret_cast<const float4*>(at);
                         value[0] += v.x, value[1] += v.y, value[2] += v.z, value[3] += v.w;
                     }
-                if constexpr (BIAS) {
-                    float extra[4];
-                    load_vector(bias + of_bias, extra);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) value[e] += extra[e];
-                }
-            };
-            float value[4];
-            if constexpr (ACT == SILU_MUL) {
-                constexpr int WIDTH = STRIPS * 8;  // of a warp's gate features, and of its up features behind them
-                const int gate = column / WIDTH * 2 * WIDTH + column % WIDTH;
-                float up[4];
-                add_up(gate, feature, value);
-                add_up(gate + WIDTH, feature + N / 2, up);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
-            } else {
-                add_up(column, feature, value);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
-            }
-            if constexpr (RESIDUAL) {
-                float extra[4];
-                load_vector(residual + m * N_OUT + feature, extra);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] += extra[e];
-            }
-            if constexpr (ACT == SILU_MUL) store_vector(y + m * N_OUT + feature, value);
-            else store_vector(in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), value);
+            });
         }
         if constexpr (BUFFERS == 1) {  // the next tile writes the same place
             if constexpr (CLUSTER > 1) cluster_sync();

@@ -292,41 +292,17 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             if (row >= rows_here || feature >= N_OUT) continue;
             // A strip's sums lie as the tensor cores left them: lane 4 g + t has rows 2 t, 2 t + 1 of features g and g + 8.
             const int at = column % 8 * 16 + row % 8 / 2 * 4 + column / 8 * 2 + row % 2;
-            auto add_up = [&](int which, int of_bias, float (&value)[4]) {
+            finish_four<ACT, BIAS, RESIDUAL, N, SPLIT1, SPLIT2>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) value[e] = 0.0f;
 #pragma unroll
                 for (int source = 0; source < SOURCES; ++source)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        value[e] += sums[((source * OWNED + which) * PASS_BLOCKS + block) * 128 + at + e * 16];
-                if constexpr (BIAS) {
-                    float extra[4];
-                    load_vector(bias + of_bias, extra);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) value[e] += extra[e];
-                }
-            };
-            float value[4];
-            if constexpr (ACT == SILU_MUL) {
-                float up[4];
-                add_up(strip * 2, feature, value);
-                add_up(strip * 2 + 1, feature + N / 2, up);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] = silu_mul(value[e], up[e]);
-            } else {
-                add_up(strip, feature, value);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
-            }
-            if constexpr (RESIDUAL) {
-                float extra[4];
-                load_vector(residual + m * N_OUT + feature, extra);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) value[e] += extra[e];
-            }
-            if constexpr (ACT == SILU_MUL) store_vector(y + m * N_OUT + feature, value);
-            else store_vector(in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), value);
+                    for (int e = 0; e < 4; ++e) {
+                        const int of = source * OWNED + (ACT == SILU_MUL ? strip * 2 + which : strip);
+                        value[e] += sums[(of * PASS_BLOCKS + block) * 128 + at + e * 16];
+                    }
+            });
         }
         __syncwarp();
         // Not after the last steps: nobody waits for it, and the other block might be gone.
