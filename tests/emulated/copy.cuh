@@ -11,14 +11,8 @@ static void copy_async_16(void* to_shared, const void* from, bool valid) {
     if (valid) std::memcpy(to_shared, from, 16);
     else std::memset(to_shared, 0, 16);
 }
-template <int BYTES> static void copy_async(void* to_shared, const void* from, bool valid) {
-    if (reinterpret_cast<uintptr_t>(to_shared) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES) fail("a misaligned copy");
-    if (valid) std::memcpy(to_shared, from, BYTES);
-    else std::memset(to_shared, 0, BYTES);
-}
 static void commit_copies() {}
 template <int PENDING> static void wait_copies() {}
-static void wait_copies(int) {}
 static uint4 load_streaming(const uint4* from) {
     aligned(from);
     return *from;

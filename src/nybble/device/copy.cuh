@@ -9,28 +9,12 @@ __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from,
                  : "memory");
 }
 
-// The same for 4 or 8 bytes.
-template <int BYTES> __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bool valid) {
-    static_assert(BYTES == 4 || BYTES == 8, "copy_async_16 is for 16");
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(valid ? BYTES : 0)
-                 : "memory");
-}
-
 // PTX ISA, "cp.async.commit_group": what this thread has issued becomes one group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // PTX ISA, "cp.async.wait_group": all but this thread's newest PENDING groups have arrived.
 template <int PENDING> __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-// The same for a number that is a constant only once a loop is unrolled; up to 3.
-__device__ __forceinline__ void wait_copies(int pending) {
-    if (pending == 0) wait_copies<0>();
-    else if (pending == 1) wait_copies<1>();
-    else if (pending == 2) wait_copies<2>();
-    else wait_copies<3>();
 }
 
 // 16 bytes read once: past L1, where they would only push out what is read again. PTX ISA, "ld.global.nc".

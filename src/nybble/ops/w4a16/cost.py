@@ -24,7 +24,8 @@ AROUND_US = 2.2
 WGMMA: tuple[tuple[int, float, float], ...] = (
     (1, 1.8, 1.1), (2, 2.0, 1.1), (4, 2.5, 1.1), (8, 3.2, 1.12), (16, 3.6, 1.21), (32, 4.6, 1.55), (64, 6.0, 3.1),
 )  # fmt: skip
-"""(rows, us of a call, how many times longer than a plain read the weights take) of wgmma.cu, fitted as above. Beyond
+"""(rows, us of a call, how many times longer than a plain read the weights take) of wgmma.cu, fitted to a
+script's times on an H200 (docs/ops/w4a16.md), as there are no rows of it yet. Beyond
 32 rows the blocks of a cluster exchange more sums than weights."""
 WIDE = {4: 1.2, 8: 1.8}
 """How many times longer again for up to 32 rows when it takes clusters of 4 or 8 to hold x: fewer fit on the GPU."""
