@@ -43,6 +43,7 @@ static void send(float* to, float a, float b, float c, float d, Barrier* at, int
     --phases(at, rank).sixteens;
     phases(at, rank).settle();
 }
+static bool elected() { return self->lane == 0; }
 static void copy_bulk(void* to_shared, const void* from, int bytes, Barrier* at) {
     const size_t address = __cvta_generic_to_shared(to_shared);
     if (address % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("a misaligned bulk copy");

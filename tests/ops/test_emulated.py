@@ -180,6 +180,11 @@ MANY: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(70, 328, 640, 64, BRAIN, bias=True), 2, {"TEAMS": 1, "CLUSTER": 2, "AHEAD": 3}),  # the last tile alone
     (W4A16Case(40, 512, 384, activation="silu_mul", residual=True), 1, {"TEAMS": 2, "CLUSTER": 2, "AHEAD": 2}),
     (W4A16Case(33, 384, 512), 1, {"TEAMS": 1, "CLUSTER": 4, "AHEAD": 4}),
+    (W4A16Case(64, 192, 1024), 1, {"TEAMS": 3, "CLUSTER": 2, "SPLIT": 1, "AHEAD": 3}),
+    (W4A16Case(50, 136, 712, 64, BRAIN, symmetric=False, bias=True), 2, {"TEAMS": 1, "SLICES": 2, "CLUSTER": 2, "SPLIT": 1, "AHEAD": 2}),
+    (W4A16Case(70, 200, 840, 256, residual=True), 2, {"TEAMS": 1, "SLICES": 3, "AHEAD": 2, "TILE_M": 32, "CLUSTER": 1}),
+    (W4A16Case(16, 512, 1024, 32, symmetric=False, activation="silu_mul"), 1, {"TEAMS": 2, "SLICES": 2, "CLUSTER": 2, "SPLIT": 1, "AHEAD": 2}),
+    (W4A16Case(60, 128, 1024, activation="gelu"), 1, {"TEAMS": 1, "CLUSTER": 4, "SPLIT": 1, "AHEAD": 2}),
 ]
 
 
@@ -193,7 +198,8 @@ def test_gemm(case: W4A16Case, blocks: int, changed: dict[str, int]) -> None:
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
     emulate.launch(
         linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqn",
-        (blocks * config["CLUSTER"], 1, 1), 128 * config["TEAMS"] + 128, (x, config["TILE_M"] // config["CLUSTER"]),
+        (blocks * config["CLUSTER"], 1, 1), 128 * config["TEAMS"] * config["SLICES"] + 128,
+        (x, config["TILE_M"] // (1 if config["SPLIT"] else config["CLUSTER"])),
         weight.qweight, weight.scales, weight.qzeros, inputs.bias, inputs.residual, y, case.m,
         shared_bytes=config["SHARED"], cluster=config["CLUSTER"],
     )  # fmt: skip

@@ -210,13 +210,13 @@ def gemm_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     teams = min(allowed, key=lambda t: (turns[t], -t))
     stage = 2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
     stage, rest = math.ceil(stage / 1024) * 1024, teams * 16 * 68 * 4
-    ahead = min(6, math.ceil(spec.k / 128), (hardware.shared_bytes - rest) // (stage + 16))
-    shared = ahead * (stage + 16) + rest
+    ahead = min(6, math.ceil(spec.k / 128), (hardware.shared_bytes - rest - 16) // (stage + 16))
+    shared = ahead * (stage + 16) + rest + 16
     # With 128 rows a tile x is most of what a block reads: two fetch it together.
     cluster = 2 if tile == 128 and spec.n > 64 * teams else 1
     return {
-        "TILE_M": tile, "TEAMS": teams, "CLUSTER": cluster, "AHEAD": ahead, "SHARED": shared,
-        "GATHERED": int(spec.perm),
+        "TILE_M": tile, "TEAMS": teams, "SLICES": 1, "CLUSTER": cluster, "SPLIT": 0, "ORDER": 1, "AHEAD": ahead,
+        "SHARED": shared, "GATHERED": int(spec.perm),
     }  # fmt: skip
 
 

@@ -38,25 +38,33 @@ constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;  
 constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
 constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, wgmmas of a group
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
-constexpr int THREADS = 128 * TEAMS;  // that compute
+constexpr int GROUPS_OF_WARPS = TEAMS * SLICES, THREADS = 128 * GROUPS_OF_WARPS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
 constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N, TILES_N = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
 
-constexpr int PART_M = TILE_M / CLUSTER;  // rows of x that a block fetches
-static_assert(CLUSTER == 1 || AHEAD <= UNITS, "a stage is waited for in the tile after it at the latest");
-static_assert(PART_M * CLUSTER == TILE_M && PART_M % 8 == 0, "blocks fetch parts of 8 rows");
-constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = 4096;
+// The blocks of a cluster share x, each fetching SHARE_M rows of a tile for all, or they split K, each owning OWN_M rows of
+// the sums. Slices of a block split K too.
+constexpr int WAYS = SPLIT ? CLUSTER : 1, WIDE = CLUSTER / WAYS;
+constexpr int SHARE_M = TILE_M / WIDE, OWN_M = TILE_M / WAYS, SOURCES = WAYS * SLICES;
+constexpr int BLOCK_UNITS = (UNITS + WAYS - 1) / WAYS, STAGES = (BLOCK_UNITS + SLICES - 1) / SLICES;
+static_assert(WIDE == 1 || AHEAD <= STAGES, "a stage is waited for in the tile after it at the latest");
+static_assert(SHARE_M * WIDE == TILE_M && SHARE_M % 8 == 0 && OWN_M * WAYS == TILE_M && OWN_M % 8 == 0, "parts of 8 rows");
+static_assert((WAYS - 1) * BLOCK_UNITS < UNITS, "every block has a part of K");
+constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = 4096;  // of a unit
 constexpr int SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of 64 output features
-constexpr int STAGE_SCALES = X_BYTES + TEAMS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SCALE_BYTES;
-constexpr int STAGE = (STAGE_ZEROS + TEAMS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
+constexpr int STAGE_WEIGHTS = SLICES * X_BYTES;
+constexpr int STAGE_SCALES = STAGE_WEIGHTS + GROUPS_OF_WARPS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + GROUPS_OF_WARPS * SCALE_BYTES;
+constexpr int STAGE = (STAGE_ZEROS + GROUPS_OF_WARPS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
 // Where even shares of an SM's registers are too few, the warpgroup that only asks gives its own away; all together have
 // what the launch gave them: 640 * 96 and 384 * 168.
-constexpr int PRODUCER_REGISTERS = TEAMS == 4 ? 24 : TEAMS == 2 && TILE_M == 128 ? 40 : 0;
-constexpr int CONSUMER_REGISTERS = TEAMS == 4 ? 112 : 232;
-static_assert(TEAMS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
-static_assert(TEAMS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
+constexpr int PRODUCER_REGISTERS = GROUPS_OF_WARPS == 4 ? 32 : GROUPS_OF_WARPS == 2 && TILE_M == 128 ? 40 : 0;
+constexpr int CONSUMER_REGISTERS = GROUPS_OF_WARPS == 4 ? 112 : 232;
+static_assert(GROUPS_OF_WARPS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
+static_assert(GROUPS_OF_WARPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
-constexpr int BYTES = AHEAD * STAGE + TEAMS * 16 * PAD * 4 + 2 * AHEAD * 8;
+constexpr int PASS = OWN_M < 16 ? OWN_M : 16;  // rows of results at a time
+constexpr int SUMS = (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats that others have added up
+constexpr int BYTES = AHEAD * STAGE + TEAMS * PASS * PAD * 4 + SUMS * 4 + 2 * AHEAD * 8 + 16;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
@@ -65,77 +73,95 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             X* __restrict__ y, long long rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
     float* const results = reinterpret_cast<float*>(shared + AHEAD * STAGE);
-    Barrier* const filled = reinterpret_cast<Barrier*>(results + TEAMS * 16 * PAD);
+    float* const sums = results + TEAMS * PASS * PAD;  // [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4]
+    Barrier* const filled = reinterpret_cast<Barrier*>(sums + SUMS);
     Barrier* const used = filled + AHEAD;
+    Barrier* const summed = used + AHEAD;
+    Barrier* const taken = summed + 1;
 
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row8 = lane / 4;
-    const int team = warp / 4, strip = warp % 4;  // the same in all lanes, so they cost no register of a lane
+    const int team = warp / 4 % TEAMS, slice = warp / (4 * TEAMS), strip = warp % 4;  // the same in all lanes: no register of a lane
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
-    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * ((TILES_N + CLUSTER - 1) / CLUSTER);
+    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * ((TILES_N + WIDE - 1) / WIDE);
+    const int wide_rank = SPLIT ? 0 : rank, first_unit = SPLIT ? rank * BLOCK_UNITS : 0, units = min(BLOCK_UNITS, UNITS - first_unit);
+    const int stages = SPLIT ? (units + SLICES - 1) / SLICES : STAGES;
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, CLUSTER * THREADS / 32);
+        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WIDE * THREADS / 32);
+        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4), barrier_init(taken, WAYS * TEAMS * 4);
         barrier_init_done();
     }
     __syncthreads();
     if constexpr (CLUSTER > 1) cluster_arrive();  // this block's barriers are there
 
     // The last warpgroup asks for everything: weights before the previous kernel is complete, x after.
-    if (team == TEAMS) {
+    if (slice == SLICES) {
         if constexpr (PRODUCER_REGISTERS > 0) fewer_registers<PRODUCER_REGISTERS>();
         if (warp != THREADS / 32) {
             if constexpr (CLUSTER > 1) cluster_wait();
             return;
         }
-        int asked = 0;  // stages of this block; where the weights of the next one, and its x, come from
-        auto place = [&](int i, int& tile, int& unit) { tile = worker + i / UNITS * workers, unit = i % UNITS; };
-        auto ask_weights = [&](int i) {
-            int n_tile, unit;
-            place(i, n_tile, unit);
-            n_tile = n_tile / tiles_m * CLUSTER + rank;
-            const int chunk = unit * 2, chunks = min(2, K64 - chunk);
-            const int groups = PARTS == 1 ? 1 : min(PARTS, GROUPS - chunk * 64 / GROUP);
-            const int group = GROUP >= K ? 0 : chunk * 64 / GROUP;
-            unsigned char* const to = shared + i % AHEAD * STAGE;
-            Barrier* const at = filled + i % AHEAD;
-            barrier_expect(at, X_BYTES + TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
+        int tile, stage, slot, turn, n_tile, row;  // of what is asked for next
+        auto turn_to = [&](int to) { tile = to, n_tile = to / tiles_m * WIDE + wide_rank, row = to % tiles_m * TILE_M + wide_rank * SHARE_M; };
+        auto begin = [&] { turn_to(worker), stage = slot = turn = 0; };
+        auto next = [&] {
+            if (++stage == stages) stage = 0, turn_to(tile + workers);
+            if (++slot == AHEAD) slot = 0, ++turn;
+        };
+        auto ask_weights = [&] {
+            const int count = min(SLICES, units - stage * SLICES), chunk = (first_unit + stage * SLICES) * 2;
+            const int chunks = min(2 * count, K64 - chunk);
+            const int groups = PARTS == 1 ? count : min(count * PARTS, GROUPS - chunk * 64 / GROUP);
+            auto group_of = [&](int i) {
+                if constexpr (GROUP >= K) return 0;
+                else return PARTS == 1 ? (chunk + 2 * i) * 64 / GROUP : chunk * 64 / GROUP + i;
+            };
+            unsigned char* const to = shared + slot * STAGE;
+            Barrier* const at = filled + slot;
+            barrier_expect(at, count * X_BYTES + TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
                 int in_n = n_tile * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
                 if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
-                const long long block = min(in_n, N64 - 1), row = block * GROUPS + group;
-                copy_bulk(to + X_BYTES + t * WEIGHT_BYTES, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
-                copy_bulk(to + STAGE_SCALES + t * SCALE_BYTES, scales + row * 64, groups * 64 * sizeof(S), at);
-                if constexpr (ZEROS) copy_bulk(to + STAGE_ZEROS + t * ZERO_BYTES, qzeros + row * 32, groups * 32, at);
+                const long long block = min(in_n, N64 - 1);
+                copy_bulk(to + STAGE_WEIGHTS + t * SLICES * WEIGHT_BYTES, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
+                constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
+                for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
+                    const long long row = block * GROUPS + group_of(i);
+                    const int rows = JOINED ? groups : 1;
+                    copy_bulk(to + STAGE_SCALES + t * SLICES * SCALE_BYTES + i * 64 * sizeof(S), scales + row * 64, rows * 64 * sizeof(S), at);
+                    if constexpr (ZEROS) copy_bulk(to + STAGE_ZEROS + t * SLICES * ZERO_BYTES + i * 32, qzeros + row * 32, rows * 32, at);
+                }
             }
         };
-        auto ask_x = [&](int i) {
-            int tile, unit;
-            place(i, tile, unit);
-            unsigned char* const to = shared + i % AHEAD * STAGE;
+        auto ask_x = [&] {
+            const int count = min(SLICES, units - stage * SLICES);
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
-            {
-                unsigned char* const part = to + (c * TILE_M + rank * PART_M) * 128;
-                const int column = (unit * 2 + c) * 64, row = tile % tiles_m * TILE_M + rank * PART_M;
-                if constexpr (CLUSTER > 1) copy_tile(part, x_map, column, row, filled + i % AHEAD, (1 << CLUSTER) - 1);
-                else copy_tile(part, x_map, column, row, filled + i % AHEAD);
+            for (int c = 0; c < 2 * SLICES; ++c) {
+                if (SLICES > 1 && c >= 2 * count) break;
+                unsigned char* const part = shared + slot * STAGE + (c * TILE_M + wide_rank * SHARE_M) * 128;
+                const int column = ((first_unit + stage * SLICES) * 2 + c) * 64;
+                if constexpr (WIDE > 1) copy_tile(part, x_map, column, row, filled + slot, (1 << CLUSTER) - 1);
+                else copy_tile(part, x_map, column, row, filled + slot);
             }
         };
-        const int stages = (tiles - worker + workers - 1) / workers * UNITS;
-        if (lane == 0)
-            for (; asked < min(AHEAD, stages); ++asked) ask_weights(asked);
+        const bool asks = elected();
+        begin();
+        if (asks)
+            for (; turn == 0 && tile < tiles; next()) ask_weights();
         __syncwarp();
         if constexpr (CLUSTER > 1) cluster_wait();  // all blocks' are
-        if (lane != 0) return;
+        if (!asks) return;
         wait_for_previous();
         allow_next();
-        for (int i = 0; i < asked; ++i) ask_x(i);
-        for (; asked < stages; ++asked) {
-            barrier_wait(used + asked % AHEAD, (asked / AHEAD - 1) % 2);
-            ask_weights(asked);
-            ask_x(asked);
+        const int upto = turn * AHEAD + slot;
+        begin();
+        for (int i = 0; i < upto; ++i, next()) ask_x();
+        for (; tile < tiles; next()) {
+            barrier_wait(used + slot, (turn - 1) % 2);
+            ask_weights();
+            ask_x();
         }
         return;
     }
@@ -143,20 +169,31 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     if constexpr (CLUSTER > 1) cluster_wait();
     wait_for_previous();  // of this kernel's writes to y, and its reads of residual
 
-    const unsigned x_rows = wgmma_rows(shared);
-    const unsigned char* const my_weights = shared + X_BYTES + team * WEIGHT_BYTES + strip * 512 + lane * 16;
-    const unsigned char* const my_scales = shared + STAGE_SCALES + team * SCALE_BYTES + (strip * 16 + row8 * 2) * sizeof(S);
-    const unsigned char* const my_zeros = shared + STAGE_ZEROS + team * ZERO_BYTES + strip * 8 + row8;
-    int slot = 0, turn = 0;
+    const int mine = team * SLICES + slice;
+    const unsigned x_rows = wgmma_rows(shared + slice * X_BYTES);
+    const unsigned char* const my_weights = shared + STAGE_WEIGHTS + mine * WEIGHT_BYTES + strip * 512 + lane * 16;
+    const unsigned char* const my_scales = shared + STAGE_SCALES + mine * SCALE_BYTES + (strip * 16 + row8 * 2) * sizeof(S);
+    const unsigned char* const my_zeros = shared + STAGE_ZEROS + mine * ZERO_BYTES + strip * 8 + row8;
+    int slot = 0, turn = 0, step = 0;
+    auto expect = [&] {
+        if (SOURCES > 1 && threadIdx.x == 0) barrier_expect(summed, (WAYS - 1) * SLICES * TEAMS * 4 * (OWN_M / 8) * 512);
+    };
+    expect();
+    // Warpgroups take turns at the tensor cores. Left alone they share them, are all done at once, and all unpack at once.
+    constexpr bool ORDERED = ORDER && GROUPS_OF_WARPS > 1;
+    const int me = warp / 4;
+    if (ORDERED && me == GROUPS_OF_WARPS - 1) arrive_part(8, 256);
     for (int tile = worker; tile < tiles; tile += workers) {
         float total[TILE_M / 2];
 #pragma unroll
         for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
 #pragma unroll 1
-        for (int unit = 0; unit < UNITS; ++unit) {
-            const int at = slot * STAGE;
+        for (int stage = 0; stage < stages; ++stage) {
+            const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
             barrier_wait(filled + slot, turn);
+            const bool last = stage + 1 == stages && tile + workers >= tiles;
+            if (SLICES == 1 || stage * SLICES + slice < units) {
             float scale[PARTS][2];  // of features g and g + 8
             unsigned zero_points[PARTS];
 #pragma unroll
@@ -184,6 +221,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                         const unsigned z = zero_points[step / STEPS];
                         unpack_int4<X>(word[step % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
                     }
+                    if (ORDERED && first == 0 && half == 0) sync_part(8 + me, 256);
                     wgmma_fence();
 #pragma unroll
                     for (int step = from; step < upto; ++step)
@@ -191,13 +229,14 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                                      x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
                 }
                 wgmma_commit();
+                if (ORDERED && first + TOGETHER >= PARTS && !(last && me == GROUPS_OF_WARPS - 1)) arrive_part(8 + (me + 1) % GROUPS_OF_WARPS, 256);
                 wgmma_wait<0>();
                 // All of the stage has been read: the weights to registers, x by the products that are complete.
                 if (first + TOGETHER >= PARTS) {
                     // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
-                    const bool awaited = tile + workers < tiles || unit + AHEAD < UNITS;
-                    if (CLUSTER == 1 && lane == 0) barrier_arrive(used + slot);
-                    if (CLUSTER > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot, lane);
+                    const bool awaited = tile + workers < tiles || stage + AHEAD < stages;
+                    if (WIDE == 1 && lane == 0) barrier_arrive(used + slot);
+                    if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot, lane);
                 }
 #pragma unroll
                 for (int p = 0; p < TOGETHER; ++p) {
@@ -206,37 +245,90 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                     for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[first + p][i / 2 % 2] * part[p][i];
                 }
             }
+            } else {
+                if (lane == 0) barrier_arrive(used + slot);
+                if (ORDERED) {
+                    sync_part(8 + me, 256);
+                    if (!(last && me == GROUPS_OF_WARPS - 1)) arrive_part(8 + (me + 1) % GROUPS_OF_WARPS, 256);
+                }
+            }
             if (++slot == AHEAD) slot = 0, turn ^= 1;
+        }
+
+        // Sums of the other parts of K come to the warp that owns the rows, as fragments, and are added in the order of sources.
+        float own[OWN_M / 2];
+        if constexpr (SOURCES > 1) {
+            const int rank_k = SPLIT ? rank : 0;
+            if (step > 0) barrier_wait(taken, (step - 1) % 2);
+#pragma unroll
+            for (int owner = 0; owner < WAYS; ++owner) {
+                const float* const v = total + owner * (OWN_M / 2);
+                if (owner == rank_k && slice == 0) {
+#pragma unroll
+                    for (int i = 0; i < OWN_M / 2; ++i) own[i] = v[i];
+                    continue;
+                }
+                // The owner is no source of its own: the others are numbered without it.
+                const int source = rank_k == owner ? slice - 1 : SLICES - 1 + ((rank_k + WAYS - owner) % WAYS - 1) * SLICES + slice;
+                float* const to = sums + ((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) * 128 + lane * 4;
+#pragma unroll
+                for (int block = 0; block < OWN_M / 8; ++block) {
+                    if (owner == rank_k) *reinterpret_cast<float4*>(to + block * 128) = float4{v[block * 4], v[block * 4 + 1], v[block * 4 + 2], v[block * 4 + 3]};
+                    else send(to + block * 128, v[block * 4], v[block * 4 + 1], v[block * 4 + 2], v[block * 4 + 3], summed, owner);
+                }
+            }
+            if (slice > 0) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(summed);
+            } else {
+                barrier_wait(summed, step % 2);
+                if (tile + workers < tiles) expect();
+#pragma unroll
+                for (int source = 0; source < SOURCES - 1; ++source)
+#pragma unroll
+                    for (int block = 0; block < OWN_M / 8; ++block) {
+                        const float4 more = *reinterpret_cast<const float4*>(
+                            sums + (((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) + block) * 128 + lane * 4);
+                        own[block * 4] += more.x, own[block * 4 + 1] += more.y, own[block * 4 + 2] += more.z, own[block * 4 + 3] += more.w;
+                    }
+                __syncwarp();
+                if (tile + workers < tiles && lane < WAYS) barrier_arrive(taken, lane);
+            }
+            ++step;
+            if (slice > 0) continue;
+        } else {
+#pragma unroll
+            for (int i = 0; i < OWN_M / 2; ++i) own[i] = total[i];
         }
 
         // The results, 16 rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
         // have gate and up go together.
-        const int n_tile = tile / tiles_m * CLUSTER + rank;
-        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M;
+        const int n_tile = tile / tiles_m * WIDE + wide_rank;
+        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + (SPLIT ? rank * OWN_M : 0);
         constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
         unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product
         pin(index);
         const int lane = index % 32, row8 = lane / 4;
-        float* const mine = results + team * 16 * PAD;
-        const float* const gate = results + team / SHARERS * SHARERS * 16 * PAD;
+        float* const place = results + team * PASS * PAD;
+        const float* const gate = results + team / SHARERS * SHARERS * PASS * PAD;
         const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
 #pragma unroll
-        for (int pass = 0; pass < TILE_M / 16; ++pass) {
-            if (first_row + pass * 16 >= rows) break;
+        for (int pass = 0; pass < OWN_M / PASS; ++pass) {
+            if (first_row + pass * PASS >= rows) break;
             sync_part(group, 128 * SHARERS);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
+            for (int i = 0; i < PASS / 2; ++i) {
                 const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-                mine[row * PAD + strip * 16 + row8 + i % 4 / 2 * 8] = total[pass * 8 + i];
+                place[row * PAD + strip * 16 + row8 + i % 4 / 2 * 8] = own[pass * (PASS / 2) + i];
             }
             sync_part(group, 128 * SHARERS);
-            for (int piece = thread; piece < 256; piece += 128 * SHARERS) {  // of four features
+            for (int piece = thread; piece < PASS * 16; piece += 128 * SHARERS) {  // of four features
                 const int row = piece / 16, column = piece % 16 * 4;
                 const int feature = n_tile * BLOCK_OUT + team / SHARERS * 64 + column;
-                const long long m = first_row + pass * 16 + row;
+                const long long m = first_row + pass * PASS + row;
                 if (m >= rows || feature >= N_OUT) continue;
                 finish_four<ACT, BIAS, RESIDUAL, N, N, N>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
-                    const float4 v = *reinterpret_cast<const float4*>(gate + (which * 16 + row) * PAD + column);
+                    const float4 v = *reinterpret_cast<const float4*>(gate + (which * PASS + row) * PAD + column);
                     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
                 });
             }

@@ -76,7 +76,7 @@ class Ready(NamedTuple):
     Attributes:
         variant: which kernel file it is. plan: the kernel.
         tile_m: rows a block. across: blocks, of ``gemm.cu`` clusters' tiles, side by side along the output features.
-        most: clusters of ``gemm.cu`` that run at once.
+        most: clusters of ``gemm.cu`` that run at once. share: rows of x that each of its blocks fetches at a time.
         gather: for act-order, the kernel that brings the activations into the weight's order before the product.
         templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
             half the host time of `new_empty` with a shape, 0.6 us.
@@ -88,6 +88,7 @@ class Ready(NamedTuple):
     tile_m: int
     across: int
     most: int
+    share: int
     gather: Plan | None
     templates: dict[tuple[int, ...], Tensor]
     maps: dict[tuple[int, int], bytes]
@@ -315,7 +316,7 @@ def _launch(
             )  # fmt: skip
         bias, residual = _straight(bias), _straight(residual)
         norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
-    kernel, plan, tile_m, across, most, gather, templates, maps = ready
+    kernel, plan, tile_m, across, most, share, gather, templates, maps = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
     template = templates.get(shape)
@@ -347,7 +348,7 @@ def _launch(
         if encoded is None:
             if len(maps) >= _MAX_TEMPLATES:
                 maps.clear()
-            encoded = maps[place] = plan.tensor_map(x, rows, tile_m // plan.cluster)
+            encoded = maps[place] = plan.tensor_map(x, rows, share)
         plan.launch(
             (min(down * across, most) * plan.cluster, 1, 1),
             encoded, qweight.data_ptr(), scales.data_ptr(), zeros, added,
@@ -404,7 +405,7 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     binary, config = compile_kernel(source(spec, chosen), card.arch), dict(chosen.config)
     if chosen.variant == "mma":
         plan = Plan(binary, PARAMETERS["mma"], device=device, threads=128 * config["SLICES"])
-        return Ready("mma", plan, config["TILE_M"], -(-spec.n // 64), 0, None, {}, {})
+        return Ready("mma", plan, config["TILE_M"], -(-spec.n // 64), 0, 0, None, {}, {})
     cluster = config.get("CLUSTER", 1)
     if chosen.variant == "stream":
         features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
@@ -428,8 +429,10 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
         gathering = compile_kernel(gather_source(spec), card.arch)
         gather = Plan(gathering, PARAMETERS["gather"], device=device, threads=GATHER_THREADS, overlap=True)
     if chosen.variant == "gemm":
-        return Ready("gemm", plan, config["TILE_M"], -(-tiles // cluster), plan.clusters_at_once(), gather, {}, {})
-    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, gather, {}, {})
+        wide = 1 if config["SPLIT"] else cluster
+        tile_m, most = config["TILE_M"], plan.clusters_at_once()
+        return Ready("gemm", plan, tile_m, -(-tiles // wide), most, tile_m // wide, gather, {}, {})
+    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, gather, {}, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out

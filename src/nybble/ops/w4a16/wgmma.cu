@@ -123,7 +123,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             if (++slot == AHEAD) slot = 0, ++turn;
             if (++stage == stages) stage = 0, tile_asked += workers;
         };
-        if (lane == 0) {
+        const bool asks = elected();
+        if (asks) {
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
 #pragma unroll
@@ -135,7 +136,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         __syncthreads();
         cluster_arrive();
         cluster_wait();
-        if (lane == 0 && units > 0)
+        if (asks && units > 0)
             while (tile_asked < TILES) {
                 barrier_wait(used + slot, (turn - 1) % 2);
                 ask();
