@@ -19,7 +19,3 @@ static uint4 load_streaming(const uint4* from) {
 }
 static uint4 load_early(const uint4* from) { return load_streaming(from); }
 static void sync_part(int id, int threads) { wait_at(self->block->named[id], threads); }
-static void arrive_part(int id, int threads) {
-    Meeting& barrier = self->block->named[id];
-    if (++barrier.waiting == threads) barrier.waiting = 0, ++barrier.turn;
-}

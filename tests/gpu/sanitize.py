@@ -37,6 +37,7 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "gemm") for m in (33, 200)),
     (W4A16Case(70, 384, 256, 64, activation="silu_mul", residual=True), "gemm"),
     *((W4A16Case(m, 12288, 512), "wgmma") for m in (1, 16, 32, 64)),  # several tiles a worker
+    *((W4A16Case(m, 12288, 1024), "gemm") for m in (32, 64, 256)),
 )
 
 

@@ -11,6 +11,7 @@ from checks import check_case
 
 import nybble
 from nybble.formats.tiles import PackedWeight
+from nybble.ops.w4a16 import cost, op
 from nybble.ops.w4a16.cases import W4A16Case
 from nybble.runtime.hardware import current
 
@@ -363,6 +364,19 @@ def test_gemm_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
         check_case(case, "cuda", variant="gemm")
     for activation in ("gelu", "gelu_tanh", "silu_mul"):
         check_case(W4A16Case(m, 384, 1024, 64, dtype, activation=activation, residual=True), "cuda", variant="gemm")
+
+
+@pytest.mark.parametrize("form", cost.GEMM_FORMS, ids=str)
+@pytest.mark.parametrize("m", [13, 31, 61, 200])
+def test_every_form_of_gemm(m: int, form: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a block, the last not full, and parts of K of different lengths."""
+    _runs("gemm")
+    monkeypatch.setattr(cost, "GEMM_FORMS", (form,))
+    monkeypatch.setattr(op, "_PLANS", {})
+    case = W4A16Case(m, 12296, 1096, 128, bias=True)
+    if any(c.variant == "gemm" and c.refused for c in case.choice(current()).candidates):
+        pytest.skip("too many registers or too much shared memory")
+    check_case(case, "cuda", variant="gemm")
 
 
 @pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])

@@ -145,11 +145,15 @@ def few(variant: str, case: W4A16Case, workers: int, changed: dict[str, int], sp
         norm and norm.weight, norm and norm.bias, y, case.m, EPS,
         shared_bytes=config["SHARED"], cluster=cluster,
     )  # fmt: skip
-    if splits:
-        ends = zip((0, *splits), (*splits, case.n), strict=True)
-        flat = y.view(-1)
-        y = torch.cat([flat[case.m * a : case.m * b].view(case.m, b - a) for a, b in ends], 1)
-    within(case, inputs, (y,))
+    within(case, inputs, (joined(y, case, splits),))
+
+
+def joined(y: Tensor, case: W4A16Case, splits: tuple[int, ...]) -> Tensor:
+    """Planes that lie behind each other, side by side."""
+    if not splits:
+        return y
+    ends, flat = zip((0, *splits), (*splits, case.n), strict=True), y.view(-1)
+    return torch.cat([flat[case.m * a : case.m * b].view(case.m, b - a) for a, b in ends], 1)
 
 
 @pytest.mark.parametrize(("case", "workers", "changed"), STREAMED, ids=lambda value: str(value)[:80])
@@ -162,51 +166,62 @@ def test_wgmma(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
     few("wgmma", case, workers, changed)
 
 
-# For many rows, with how many blocks.
-MANY: list[tuple[W4A16Case, int, dict[str, int]]] = [
-    (W4A16Case(64, 128, 512), 1, {}),
-    (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True), 2, {"TEAMS": 1, "AHEAD": 2}),
+# For many rows: a form (TILE_M, TEAMS, SLICES, CLUSTER, WAYS), stages ahead, and how many clusters.
+MANY: list[tuple[W4A16Case, tuple[int, int, int, int, int], int, int]] = [
+    (W4A16Case(64, 128, 512), (64, 2, 1, 1, 1), 4, 1),
+    (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True), (64, 1, 1, 1, 1), 2, 2),
+    (W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True), (64, 1, 1, 1, 1), 2, 2),
+    (W4A16Case(130, 256, 448, 16, symmetric=False), (64, 3, 1, 1, 1), 2, 1),
+    (W4A16Case(33, 256, 256, -1, residual=True), (64, 3, 1, 1, 1), 2, 2),
+    (W4A16Case(150, 320, 384, 256, bias=True, activation="gelu", residual=True), (128, 2, 1, 1, 1), 3, 4),
     (
-        W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True),
-        2,
-        {"TEAMS": 1, "AHEAD": 3, "TILE_M": 64, "CLUSTER": 1},
+        W4A16Case(70, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True),
+        (128, 2, 1, 1, 1), 2, 2,
     ),
-    (W4A16Case(130, 256, 448, 16, symmetric=False), 1, {"TEAMS": 4, "AHEAD": 2, "TILE_M": 64}),
-    (W4A16Case(33, 256, 256, -1, residual=True), 2, {"TEAMS": 3}),
-    (W4A16Case(150, 320, 384, 256, bias=True, activation="gelu", residual=True), 4, {"TEAMS": 2}),
-    (W4A16Case(70, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 2, {"TEAMS": 2}),
-    (W4A16Case(20, 512, 256, activation="silu_mul"), 1, {"TEAMS": 4, "TILE_M": 16}),
-    (W4A16Case(100, 128, 256, scale_dtype=FLOAT), 1, {"TILE_M": 32}),
-    (W4A16Case(70, 328, 640, 64, BRAIN, bias=True), 2, {"TEAMS": 1, "CLUSTER": 2, "AHEAD": 3}),  # the last tile alone
-    (W4A16Case(40, 512, 384, activation="silu_mul", residual=True), 1, {"TEAMS": 2, "CLUSTER": 2, "AHEAD": 2}),
-    (W4A16Case(33, 384, 512), 1, {"TEAMS": 1, "CLUSTER": 4, "AHEAD": 4}),
-    (W4A16Case(64, 192, 1024), 1, {"TEAMS": 3, "CLUSTER": 2, "SPLIT": 1, "AHEAD": 3}),
-    (W4A16Case(50, 136, 712, 64, BRAIN, symmetric=False, bias=True), 2, {"TEAMS": 1, "SLICES": 2, "CLUSTER": 2, "SPLIT": 1, "AHEAD": 2}),
-    (W4A16Case(70, 200, 840, 256, residual=True), 2, {"TEAMS": 1, "SLICES": 3, "AHEAD": 2, "TILE_M": 32, "CLUSTER": 1}),
-    (W4A16Case(16, 512, 1024, 32, symmetric=False, activation="silu_mul"), 1, {"TEAMS": 2, "SLICES": 2, "CLUSTER": 2, "SPLIT": 1, "AHEAD": 2}),
-    (W4A16Case(60, 128, 1024, activation="gelu"), 1, {"TEAMS": 1, "CLUSTER": 4, "SPLIT": 1, "AHEAD": 2}),
-]
+    (W4A16Case(20, 512, 256, activation="silu_mul"), (16, 4, 1, 1, 1), 2, 1),
+    (W4A16Case(100, 128, 256, scale_dtype=FLOAT), (32, 1, 1, 1, 1), 2, 1),
+    (W4A16Case(70, 328, 640, 64, BRAIN, bias=True), (128, 1, 1, 2, 1), 3, 2),  # the last tile alone
+    (W4A16Case(40, 512, 384, activation="silu_mul", residual=True), (64, 2, 1, 2, 1), 2, 1),
+    (W4A16Case(33, 384, 512), (64, 1, 1, 4, 1), 4, 1),
+    (W4A16Case(64, 192, 1024), (64, 3, 1, 2, 2), 3, 1),
+    (W4A16Case(50, 136, 712, 64, BRAIN, symmetric=False, bias=True), (64, 1, 2, 2, 2), 2, 2),
+    (W4A16Case(70, 200, 840, 256, residual=True), (32, 1, 3, 1, 1), 2, 2),
+    (W4A16Case(16, 512, 1024, 32, symmetric=False, activation="silu_mul"), (16, 2, 2, 2, 2), 2, 1),
+    (W4A16Case(60, 128, 1024, activation="gelu"), (64, 1, 1, 4, 4), 2, 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "blocks", "changed"), MANY, ids=lambda value: str(value)[:80])
-def test_gemm(case: W4A16Case, blocks: int, changed: dict[str, int]) -> None:
-    spec, inputs = case.spec(), case.make()
-    chosen = gemm_shape(spec, H200)
-    assert isinstance(chosen, dict)
-    config, weight = chosen | {"SHARED": 227 << 10} | changed, inputs.weight
+def many(
+    case: W4A16Case, form: tuple[int, int, int, int, int], ahead: int, clusters: int, splits: tuple[int, ...] = ()
+) -> None:
+    """Run the kernel for many rows in a form of its own."""
+    spec, inputs = case.spec()._replace(splits=splits), case.make()
+    found = gemm_shape(spec, H200, (form,))
+    assert not isinstance(found, str), found
+    config, weight = found[1] | {"SHARED": 227 << 10, "AHEAD": ahead}, inputs.weight
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
+    tile, teams, slices, cluster, ways = form
     emulate.launch(
         linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqn",
-        (blocks * config["CLUSTER"], 1, 1), 128 * config["TEAMS"] * config["SLICES"] + 128,
-        (x, config["TILE_M"] // (1 if config["SPLIT"] else config["CLUSTER"])),
+        (clusters * cluster, 1, 1), 128 * teams * slices + 128, (x, tile // (cluster // ways)),
         weight.qweight, weight.scales, weight.qzeros, inputs.bias, inputs.residual, y, case.m,
-        shared_bytes=config["SHARED"], cluster=config["CLUSTER"],
+        shared_bytes=config["SHARED"], cluster=cluster,
     )  # fmt: skip
-    within(case, inputs, (y,))
+    within(case, inputs, (joined(y, case, splits),))
+
+
+@pytest.mark.parametrize(("case", "form", "ahead", "clusters"), MANY, ids=lambda value: str(value)[:80])
+def test_gemm(case: W4A16Case, form: tuple[int, int, int, int, int], ahead: int, clusters: int) -> None:
+    many(case, form, ahead, clusters)
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
 @pytest.mark.parametrize("variant", ["stream", "wgmma"])
 def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
     few(variant, W4A16Case(3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
+
+
+@pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
+def test_a_result_of_many_rows_in_planes(splits: tuple[int, ...]) -> None:
+    many(W4A16Case(20, 192, 256, bias=True), (32, 3, 1, 2, 2), 1, 1, splits)

@@ -30,8 +30,3 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* from) {
 __device__ __forceinline__ void sync_part(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-// The same without waiting: who waits is in `threads` too. PTX ISA, "bar.arrive".
-__device__ __forceinline__ void arrive_part(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}

@@ -35,6 +35,23 @@ FEW: tuple[tuple[int, float, float], ...] = (
 """The same of stream.cu, measured at 1, 16 and 64 rows and guessed between."""
 GATHER_US = 2.0
 """With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long."""
+Form = tuple[int, int, int, int, int]
+"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS."""
+GEMM_FORMS = tuple(
+    (teams, slices, cluster, ways)
+    for teams in (1, 2, 3, 4)
+    for slices in (1, 2, 3, 4)
+    for cluster, ways in ((1, 1), (2, 1), (2, 2))
+)
+"""What comes after TILE_M in the forms that are compared. Clusters of four lose: 30 of them run at once, of two 66."""
+UNIT_US = {16: 0.12, 32: 0.145, 64: 0.19, 128: 0.32}
+"""us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows. What it can
+not hide is shared: the tensor cores are at 83 % of their rate with 128 rows, 70 % with 64."""
+LONE_UNIT_US = {16: 0.2, 32: 0.2, 64: 0.23, 128: 0.37}
+"""The same of a block with one warpgroup, whose unpacking nothing hides."""
+GEMM_US = (3.7, 0.5, 0.7)
+"""us of a call, of each turn of tiles, and of the exchange of sums in a turn. Long calls take up to a third longer: the
+GPU lowers its clock."""
 PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
@@ -190,42 +207,70 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
 
 
-def gemm_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
-    """The constants of ``gemm.cu`` for a request, or why it can't run it."""
+def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[str, int]] | None:
+    """The predicted us of a form of ``gemm.cu``, and its constants; ``None`` where it can't be built."""
+    tile, teams, slices, cluster, ways = form
+    pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
+    wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
+    if (pairs and teams % 2) or warpgroups > (2 if tile == 128 else 4) or (tile == 128 and slices > 1):
+        return None
+    if tile == 64 and warpgroups == 4 and (slices > 1 or ways > 1 or parts > 1):
+        return None  # spills at 96 registers
+    of_block = math.ceil(units / ways)
+    stages = math.ceil(of_block / slices)
+    stage = slices * (2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros)))
+    own, rows = tile // ways, 32 if tile == 128 else 16
+    rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16
+    stage = math.ceil(stage / 1024) * 1024
+    ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
+    if ahead < min(3, stages) or (ways - 1) * of_block >= units:
+        return None
+    across = math.ceil(spec.n / (2 if pairs else 1) / (64 * teams / (2 if pairs else 1) * wide))
+    at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
+    turns = math.ceil(math.ceil(spec.m / tile) * across / at_once)
+    start, turn, sums = GEMM_US
+    unit = LONE_UNIT_US[tile] if warpgroups == 1 else UNIT_US[tile]
+    unit = (unit + (parts - 1) * tile * 0.00028) * (1.04 if tile == 128 and cluster == 1 else 1.0)
+    us = turns * (stages * warpgroups * unit + turn + sums * (ways * slices > 1))
+    us *= 1 + 0.33 * us / (us + 150)
+    memory = 1.05 * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
+    config = {
+        "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "AHEAD": ahead,
+        "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
+    }  # fmt: skip
+    return start + max(us, memory) + GATHER_US * spec.perm, config
+
+
+def gemm_shape(spec: Spec, hardware: Hardware, forms: tuple[Form, ...] = ()) -> tuple[float, dict[str, int]] | str:
+    """The predicted us and the constants of ``gemm.cu`` for a request, or why it can't run it.
+
+    ``forms``, where given, are those to choose from.
+    """
     pairs, size = spec.activation == "silu_mul", spec.group_size
     if hardware.capability != (9, 0):
         return "needs the wgmma of compute capability 9.0"
-    if spec.norm or spec.splits:
-        return "no prologue, and one result; composed instead"
+    if spec.norm:
+        return "no norm before it; composed instead"
     if size not in (16, 32, 64) and size % 128 and size < spec.k:
         return f"group_size {size} is neither 16, 32, 64 nor a multiple of 128"
     if pairs and spec.n % 128:
         return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
-    tile = min(128, max(16, spec.m))
-    parts = 128 // size if size < min(128, spec.k) else 1
-    across = math.ceil(spec.m / tile)
-    # As many output features a block as leave the fewest turns for all tiles; more a block read x less often.
-    allowed = [t for t in ((2, 4) if pairs else (1, 2, 3, 4)) if tile < 128 or t <= 2]
-    turns = {t: math.ceil(across * math.ceil(spec.n / (64 * t)) / hardware.sms) * t for t in allowed}
-    teams = min(allowed, key=lambda t: (turns[t], -t))
-    stage = 2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
-    stage, rest = math.ceil(stage / 1024) * 1024, teams * 16 * 68 * 4
-    ahead = min(6, math.ceil(spec.k / 128), (hardware.shared_bytes - rest - 16) // (stage + 16))
-    shared = ahead * (stage + 16) + rest + 16
-    # With 128 rows a tile x is most of what a block reads: two fetch it together.
-    cluster = 2 if tile == 128 and spec.n > 64 * teams else 1
-    return {
-        "TILE_M": tile, "TEAMS": teams, "SLICES": 1, "CLUSTER": cluster, "SPLIT": 0, "ORDER": 1, "AHEAD": ahead,
-        "SHARED": shared, "GATHERED": int(spec.perm),
-    }  # fmt: skip
+    tiles = [min(128, max(16, spec.m))] + ([64] if spec.m > 64 else [])
+    forms = forms or tuple((t, *rest) for t in tiles for rest in GEMM_FORMS)
+    built = [found for form in forms if (found := _gemm_form(spec, hardware, form))]
+    return (
+        min(built, key=lambda found: found[0]) if built else "no form of it fits this GPU's registers and shared memory"
+    )
 
 
 def _gemm(spec: Spec, hardware: Hardware) -> Candidate:
-    config = gemm_shape(spec, hardware)
-    if isinstance(config, str):
-        return Candidate("gemm", (), None, config, refused=True)
+    found = gemm_shape(spec, hardware)
+    if isinstance(found, str):
+        return Candidate("gemm", (), None, found, refused=True)
+    us, config = found
     reason = f"{config['TILE_M']} rows x {64 * config['TEAMS']} features a tile"
-    return Candidate("gemm", tuple(config.items()), None, f"{reason}; no rows yet to predict from, so never chosen")
+    parts = config["WAYS"] * config["SLICES"]
+    return Candidate("gemm", tuple(config.items()), us, reason + (f", K in {parts} parts" if parts > 1 else ""))
 
 
 def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:

@@ -1,21 +1,26 @@
-// gemm: the 4-bit linear for many rows. Weights are unpacked into the tensor cores' registers, x streams past them through
-// the copy engine, and a block has all of K for its tile, so that no sums are exchanged.
+// gemm: the 4-bit linear for many rows. Weights are unpacked into the tensor cores' registers a few steps ahead of them, x
+// streams past through the copy engine. Where the tiles of the result are too few for the GPU, K is split as well.
 //
 // Computes      y[m, n] = f(sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
 //               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is never rounded:
 //               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it
-// Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64];
-//               qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X [M, N or N / 2]; unused ones
-//               are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
+// Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, 4, 32];
+//               scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X
+//               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; unused ones
+//               are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte
+//               aligned
 // Layout        formats/tiles.py has the diagram; x in shared memory as wgmma.cuh wants B
-// Mapping       grid x: clusters of CLUSTER blocks; a cluster takes every (gridDim.x / CLUSTER)-th tile of TILE_M rows by
-//               CLUSTER * 64 * TEAMS output features, row tiles first, so that clusters side by side share weights in L2. A
-//               block has its 64 * TEAMS of the features, a warpgroup 64; one more warpgroup asks for the tiles. Each block
-//               of a cluster fetches a part of x for all of them
-// Shared memory AHEAD stages of 128 input features: x, weights, scales, zero points; [TEAMS][16][68] float for the results
+// Mapping       grid x: clusters of CLUSTER blocks, which take every (gridDim.x / CLUSTER)-th tile, row tiles first, so that
+//               clusters side by side share weights in L2. A block has TILE_M rows by 64 * TEAMS output features. The blocks
+//               of a cluster have other features each, and fetch x for each other (WAYS = 1); or the same, and each a part of K
+//               (WAYS = CLUSTER). A warpgroup has 64 of the features, and every SLICES-th unit of 128 input features; one
+//               more warpgroup asks for the tiles
+// Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
+//               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
-//               >= K; TILE_M: 16, 32, 64, 128; TEAMS: 1..4 (2 or 4 with silu_mul); CLUSTER: 1, 2, 4; AHEAD: stages; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT:
-//               0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128: every other warpgroup has features of up)
+//               >= K; TILE_M: 16, 32, 64, 128; TEAMS, SLICES: together up to 4, of TILE_M 128 up to 2; CLUSTER: 1, 2, 4;
+//               WAYS: 1 or CLUSTER; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT: 0,
+//               1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
 // Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
@@ -33,18 +38,20 @@
 static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
 static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
 static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
+static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
 constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;  // of 128 input features
 constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
 constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, wgmmas of a group
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
-constexpr int GROUPS_OF_WARPS = TEAMS * SLICES, THREADS = 128 * GROUPS_OF_WARPS;  // that compute
+constexpr int BATCH = TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
+constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
 constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N, TILES_N = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
 
-// The blocks of a cluster share x, each fetching SHARE_M rows of a tile for all, or they split K, each owning OWN_M rows of
-// the sums. Slices of a block split K too.
-constexpr int WAYS = SPLIT ? CLUSTER : 1, WIDE = CLUSTER / WAYS;
+// Blocks that share x fetch SHARE_M rows of a tile for all of them; of blocks that split K each owns OWN_M rows of the sums.
+constexpr int WIDE = CLUSTER / WAYS;
+static_assert(WAYS == 1 || WAYS == CLUSTER, "a cluster shares x or splits K");
 constexpr int SHARE_M = TILE_M / WIDE, OWN_M = TILE_M / WAYS, SOURCES = WAYS * SLICES;
 constexpr int BLOCK_UNITS = (UNITS + WAYS - 1) / WAYS, STAGES = (BLOCK_UNITS + SLICES - 1) / SLICES;
 static_assert(WIDE == 1 || AHEAD <= STAGES, "a stage is waited for in the tile after it at the latest");
@@ -53,16 +60,17 @@ static_assert((WAYS - 1) * BLOCK_UNITS < UNITS, "every block has a part of K");
 constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = 4096;  // of a unit
 constexpr int SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of 64 output features
 constexpr int STAGE_WEIGHTS = SLICES * X_BYTES;
-constexpr int STAGE_SCALES = STAGE_WEIGHTS + GROUPS_OF_WARPS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + GROUPS_OF_WARPS * SCALE_BYTES;
-constexpr int STAGE = (STAGE_ZEROS + GROUPS_OF_WARPS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
+constexpr int STAGE_SCALES = STAGE_WEIGHTS + WARPGROUPS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + WARPGROUPS * SCALE_BYTES;
+constexpr int STAGE = (STAGE_ZEROS + WARPGROUPS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
 // Where even shares of an SM's registers are too few, the warpgroup that only asks gives its own away; all together have
 // what the launch gave them: 640 * 96 and 384 * 168.
-constexpr int PRODUCER_REGISTERS = GROUPS_OF_WARPS == 4 ? 32 : GROUPS_OF_WARPS == 2 && TILE_M == 128 ? 40 : 0;
-constexpr int CONSUMER_REGISTERS = GROUPS_OF_WARPS == 4 ? 112 : 232;
-static_assert(GROUPS_OF_WARPS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
-static_assert(GROUPS_OF_WARPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 4 ? 32 : WARPGROUPS == 3 && TILE_M > 64 ? 32 : WARPGROUPS == 2 && TILE_M > 64 ? 40 : 0;
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 232;
+static_assert(WARPGROUPS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
+static_assert(WARPGROUPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
-constexpr int PASS = OWN_M < 16 ? OWN_M : 16;  // rows of results at a time
+constexpr int PASS = OWN_M < PASS_M ? OWN_M : PASS_M;  // rows of results at a time
+static_assert(OWN_M % PASS == 0, "passes of the same number of rows");
 constexpr int SUMS = (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats that others have added up
 constexpr int BYTES = AHEAD * STAGE + TEAMS * PASS * PAD * 4 + SUMS * 4 + 2 * AHEAD * 8 + 16;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
@@ -83,8 +91,9 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const int team = warp / 4 % TEAMS, slice = warp / (4 * TEAMS), strip = warp % 4;  // the same in all lanes: no register of a lane
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
     const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * ((TILES_N + WIDE - 1) / WIDE);
-    const int wide_rank = SPLIT ? 0 : rank, first_unit = SPLIT ? rank * BLOCK_UNITS : 0, units = min(BLOCK_UNITS, UNITS - first_unit);
-    const int stages = SPLIT ? (units + SLICES - 1) / SLICES : STAGES;
+    const int wide_rank = rank / WAYS, rank_k = rank % WAYS;
+    const int first_unit = rank_k * BLOCK_UNITS, units = min(BLOCK_UNITS, UNITS - first_unit);
+    const int stages = WAYS == 1 ? STAGES : (units + SLICES - 1) / SLICES;
 
     if (threadIdx.x == 0) {
 #pragma unroll
@@ -179,10 +188,20 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         if (SOURCES > 1 && threadIdx.x == 0) barrier_expect(summed, (WAYS - 1) * SLICES * TEAMS * 4 * (OWN_M / 8) * 512);
     };
     expect();
-    // Warpgroups take turns at the tensor cores. Left alone they share them, are all done at once, and all unpack at once.
-    constexpr bool ORDERED = ORDER && GROUPS_OF_WARPS > 1;
-    const int me = warp / 4;
-    if (ORDERED && me == GROUPS_OF_WARPS - 1) arrive_part(8, 256);
+    // Weights are unpacked a batch of steps ahead of the tensor cores, into the registers that they no longer read.
+    unsigned a[2][BATCH][4];
+    auto unpack = [&](int at, int batch) {  // of the stage at `at` in the ring
+        const int from = batch * BATCH;
+        const uint4 four = *reinterpret_cast<const uint4*>(my_weights + at + from / 4 * 2048);
+        const unsigned word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            unsigned z = 0x88;
+            if constexpr (ZEROS) z = my_zeros[at + (from + i) / STEPS * 32];
+            unpack_int4<X>(word[(from + i) % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[batch % 2][i]);
+        }
+    };
+    if (worker < tiles) barrier_wait(filled, 0), unpack(0, 0);
     for (int tile = worker; tile < tiles; tile += workers) {
         float total[TILE_M / 2];
 #pragma unroll
@@ -191,74 +210,57 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         for (int stage = 0; stage < stages; ++stage) {
             const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
-            barrier_wait(filled + slot, turn);
             const bool last = stage + 1 == stages && tile + workers >= tiles;
-            if (SLICES == 1 || stage * SLICES + slice < units) {
-            float scale[PARTS][2];  // of features g and g + 8
-            unsigned zero_points[PARTS];
+            const int now = slot;
+            if (++slot == AHEAD) slot = 0, turn ^= 1;
+            float part[TOGETHER][TILE_M / 2], scale[TOGETHER][2];  // of features g and g + 8
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
-                const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + i * 64 * sizeof(S));
-                scale[i][0] = to_float(pair.lane[0]), scale[i][1] = to_float(pair.lane[1]);
-                zero_points[i] = 0x88;
-                if constexpr (ZEROS) zero_points[i] = my_zeros[at + i * 32];
-                // Half a unit has no scales for its other half, only what was in the ring before.
-                if (K64 % 2 != 0 && PARTS > 1 && i >= PARTS / 2 && unit * 2 + 1 >= K64) scale[i][0] = scale[i][1] = 0.0f;
-            }
-            unsigned word[4], a[8][4];
+            for (int batch = 0; batch < 8 / BATCH; ++batch) {
+                const int first = batch * BATCH / (TOGETHER * STEPS) * TOGETHER;  // of the groups summed now
+                wgmma_fence();
 #pragma unroll
-            for (int first = 0; first < PARTS; first += TOGETHER) {
-                float part[TOGETHER][TILE_M / 2];
-#pragma unroll
-                for (int half = 0; half < TOGETHER * STEPS; half += 4) {  // the tensor cores begin when half is unpacked
-                    const int from = first * STEPS + half, upto = from + (TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4);
-                    if (from % 4 == 0) {  // four steps' words; the other four wait in shared memory, as registers are few
-                        const uint4 four = *reinterpret_cast<const uint4*>(my_weights + at + from / 4 * 2048);
-                        word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
-                    }
-#pragma unroll
-                    for (int step = from; step < upto; ++step) {
-                        const unsigned z = zero_points[step / STEPS];
-                        unpack_int4<X>(word[step % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
-                    }
-                    if (ORDERED && first == 0 && half == 0) sync_part(8 + me, 256);
-                    wgmma_fence();
-#pragma unroll
-                    for (int step = from; step < upto; ++step)
-                        wgmma_add<X>(part[step / STEPS - first], a[step],
-                                     x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
+                for (int i = 0; i < BATCH; ++i) {
+                    const int step = batch * BATCH + i;
+                    wgmma_add<X>(part[step / STEPS - first], a[batch % 2][i],
+                                 x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
                 }
                 wgmma_commit();
-                if (ORDERED && first + TOGETHER >= PARTS && !(last && me == GROUPS_OF_WARPS - 1)) arrive_part(8 + (me + 1) % GROUPS_OF_WARPS, 256);
+                if (batch * BATCH == first * STEPS)
+#pragma unroll
+                    for (int p = 0; p < TOGETHER; ++p) {
+                        const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + (first + p) * 64 * sizeof(S));
+                        scale[p][0] = to_float(pair.lane[0]), scale[p][1] = to_float(pair.lane[1]);
+                        // Half a unit has no scales for its other half, only what was in the ring before.
+                        if (K64 % 2 != 0 && PARTS > 1 && first + p >= PARTS / 2 && unit * 2 + 1 >= K64) scale[p][0] = scale[p][1] = 0.0f;
+                    }
+                const bool ends = batch + 1 == 8 / BATCH, sums = (batch + 1) * BATCH % (TOGETHER * STEPS) == 0;
+                if (ends && !last) barrier_wait(filled + slot, turn);
+                wgmma_wait<1>();
+                if (!ends) unpack(at, batch + 1);
+                else if (!last) unpack(slot * STAGE, 0);
+                if (!sums) continue;
                 wgmma_wait<0>();
                 // All of the stage has been read: the weights to registers, x by the products that are complete.
-                if (first + TOGETHER >= PARTS) {
+                if (ends) {
                     // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
                     const bool awaited = tile + workers < tiles || stage + AHEAD < stages;
-                    if (WIDE == 1 && lane == 0) barrier_arrive(used + slot);
-                    if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot, lane);
+                    if (WIDE == 1 && lane == 0) barrier_arrive(used + now);
+                    if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + now, lane);
                 }
+                const bool there = SLICES == 1 || stage * SLICES + slice < units;  // or what the ring had there before
 #pragma unroll
                 for (int p = 0; p < TOGETHER; ++p) {
                     arrived(part[p]);
+                    if (there)
 #pragma unroll
-                    for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[first + p][i / 2 % 2] * part[p][i];
+                        for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[p][i / 2 % 2] * part[p][i];
                 }
             }
-            } else {
-                if (lane == 0) barrier_arrive(used + slot);
-                if (ORDERED) {
-                    sync_part(8 + me, 256);
-                    if (!(last && me == GROUPS_OF_WARPS - 1)) arrive_part(8 + (me + 1) % GROUPS_OF_WARPS, 256);
-                }
-            }
-            if (++slot == AHEAD) slot = 0, turn ^= 1;
         }
 
         // Sums of the other parts of K come to the warp that owns the rows, as fragments, and are added in the order of sources.
         float own[OWN_M / 2];
         if constexpr (SOURCES > 1) {
-            const int rank_k = SPLIT ? rank : 0;
             if (step > 0) barrier_wait(taken, (step - 1) % 2);
 #pragma unroll
             for (int owner = 0; owner < WAYS; ++owner) {
@@ -304,7 +306,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         // The results, 16 rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
         // have gate and up go together.
         const int n_tile = tile / tiles_m * WIDE + wide_rank;
-        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + (SPLIT ? rank * OWN_M : 0);
+        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + rank_k * OWN_M;
         constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
         unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product
         pin(index);
@@ -327,7 +329,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 const int feature = n_tile * BLOCK_OUT + team / SHARERS * 64 + column;
                 const long long m = first_row + pass * PASS + row;
                 if (m >= rows || feature >= N_OUT) continue;
-                finish_four<ACT, BIAS, RESIDUAL, N, N, N>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
+                finish_four<ACT, BIAS, RESIDUAL, N, SPLIT1, SPLIT2>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
                     const float4 v = *reinterpret_cast<const float4*>(gate + (which * PASS + row) * PAD + column);
                     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
                 });

@@ -429,7 +429,7 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
         gathering = compile_kernel(gather_source(spec), card.arch)
         gather = Plan(gathering, PARAMETERS["gather"], device=device, threads=GATHER_THREADS, overlap=True)
     if chosen.variant == "gemm":
-        wide = 1 if config["SPLIT"] else cluster
+        wide = cluster // config["WAYS"]
         tile_m, most = config["TILE_M"], plan.clusters_at_once()
         return Ready("gemm", plan, tile_m, -(-tiles // wide), most, tile_m // wide, gather, {}, {})
     return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, gather, {}, {})
