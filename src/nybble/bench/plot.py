@@ -221,7 +221,8 @@ def figure(op: str, what: Shown) -> Figure:
 
         styles = _styles(what.rows)
         about = textwrap.wrap(_about(what), int((width - LEFT - RIGHT) * 72 / 5.1), break_long_words=False)
-        columns = max(1, int((width - LEFT - RIGHT) / LEGEND_ENTRY))
+        entry = max(LEGEND_ENTRY, 0.6 + max(len(style.label) for style in styles.values()) * 5.1 / 72)
+        columns = max(1, int((width - LEFT - RIGHT) / entry))
         legend_lines = -(-(len(styles) + roof) // columns)
         header = TITLE + LINE * (len(about) + legend_lines) + OVER_PANELS
         height = header + sum(heights) + GAP * (len(heights) - 1) + BOTTOM

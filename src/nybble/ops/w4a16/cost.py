@@ -24,9 +24,8 @@ AROUND_US = 2.2
 WGMMA: tuple[tuple[int, float, float], ...] = (
     (1, 1.8, 1.1), (2, 2.0, 1.1), (4, 2.5, 1.1), (8, 3.2, 1.12), (16, 3.6, 1.21), (32, 4.6, 1.55), (64, 6.0, 3.1),
 )  # fmt: skip
-"""(rows, us of a call, how many times longer than a plain read the weights take) of wgmma.cu, fitted to a
-script's times on an H200 (docs/ops/w4a16.md), as there are no rows of it yet. Beyond
-32 rows the blocks of a cluster exchange more sums than weights."""
+"""(rows, us of a call, how many times longer than a plain read the weights take) of wgmma.cu, fitted to
+results/h200/w4a16.jsonl. Beyond 32 rows the blocks of a cluster exchange more sums than weights."""
 WIDE = {4: 1.2, 8: 1.8}
 """How many times longer again for up to 32 rows when it takes clusters of 4 or 8 to hold x: fewer fit on the GPU."""
 FEW: tuple[tuple[int, float, float], ...] = (
@@ -34,7 +33,8 @@ FEW: tuple[tuple[int, float, float], ...] = (
 )  # fmt: skip
 """The same of stream.cu, measured at 1, 16 and 64 rows and guessed between."""
 GATHER_US = 2.0
-"""With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long."""
+"""With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long. What comes
+after it starts later than after another product, so that few rows lose more."""
 Form = tuple[int, int, int, int, int]
 """Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS."""
 GEMM_FORMS = tuple(
@@ -44,14 +44,16 @@ GEMM_FORMS = tuple(
     for cluster, ways in ((1, 1), (2, 1), (2, 2))
 )
 """What comes after TILE_M in the forms that are compared. Clusters of four lose: 30 of them run at once, of two 66."""
-UNIT_US = {16: 0.12, 32: 0.145, 64: 0.19, 128: 0.32}
-"""us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows. What it can
-not hide is shared: the tensor cores are at 83 % of their rate with 128 rows, 70 % with 64."""
-LONE_UNIT_US = {16: 0.2, 32: 0.2, 64: 0.23, 128: 0.37}
-"""The same of a block with one warpgroup, whose unpacking nothing hides."""
-GEMM_US = (3.7, 0.5, 0.7)
-"""us of a call, of each turn of tiles, and of the exchange of sums in a turn. Long calls take up to a third longer: the
+UNIT_US = {
+    16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345),
+}  # fmt: skip
+"""us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
+number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
+GEMM_US = (3.6, 0.5, 0.5)
+"""us of a call, of each turn of tiles, and of the exchange of sums in a turn. Long calls take up to a tenth longer: the
 GPU lowers its clock."""
+GEMM_STREAM = 1.27
+"""How many times longer than a plain read it takes the weights at least."""
 PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
@@ -161,14 +163,13 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     if tile == 8:
         if once:
             forms += [(1, 3, 2, 4, 2)] if spec.k <= 8192 else []
-        elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4096 and not pairs and not spec.norm:
-            forms += [
-                (1, 2, 2, 3, 2)
-            ]  # three blocks an SM; with a norm they would all be at it at once: 13.1 us for 8.4
+        elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4608 and not pairs and not spec.norm:
+            # Three blocks an SM; with a norm they would all be at it at once: 13.1 us for 8.4.
+            forms += [(1, 2, 2, 3, 2)]
         forms += [(1, 4, 2, 4, 2), (1, 4, 2, 3, 2)]
     elif tile == 16:
         forms += [(1, 3, 2, 3, 1)] if once and spec.k <= 8192 else []
-        forms += [(1, 4, 2, 3 if spec.k <= 4096 else 4, 2), (1, 4, 2, 3, 1), (2, 2, 4, 4, 2)]
+        forms += [(1, 4, 2, 3 if spec.k <= 4608 else 4, 2), (1, 4, 2, 3, 1), (2, 2, 4, 4, 2)]
     elif tile == 32:
         forms += [(1, 3, 2, 3, 1)] if once else []
         forms += [(1, 3, 2, 4, 2), (1, 3, 2, 3, 1), (2, 2, 4, 4, 2)]
@@ -229,16 +230,18 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
     turns = math.ceil(math.ceil(spec.m / tile) * across / at_once)
     start, turn, sums = GEMM_US
-    unit = LONE_UNIT_US[tile] if warpgroups == 1 else UNIT_US[tile]
-    unit = (unit + (parts - 1) * tile * 0.00028) * (1.04 if tile == 128 and cluster == 1 else 1.0)
+    unit = (UNIT_US[tile][warpgroups - 1] + (parts - 1) * tile * 0.00028) * (
+        1.04 if tile == 128 and cluster == 1 else 1.0
+    )
     us = turns * (stages * warpgroups * unit + turn + sums * (ways * slices > 1))
-    us *= 1 + 0.33 * us / (us + 150)
-    memory = 1.05 * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
+    us *= 1 + 0.1 * us / (us + 600)
+    memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "AHEAD": ahead,
         "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
-    return start + max(us, memory) + GATHER_US * spec.perm, config
+    slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0
+    return start + slower * max(us, memory) + GATHER_US * spec.perm, config
 
 
 def gemm_shape(spec: Spec, hardware: Hardware, forms: tuple[Form, ...] = ()) -> tuple[float, dict[str, int]] | str:
@@ -285,10 +288,18 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
     if variant == "wgmma":
         if config.get("GATHERED"):
-            start, reason = start + GATHER_US, f"{reason}, x gathered before"
+            start, reason = start + 1.4 * GATHER_US, f"{reason}, x gathered before"
+        elif spec.perm:
+            start += 1.4
         if spec.norm:  # of every row in every cluster, while no weights can be used
             start += 1.7 + 0.2 * spec.m + (1.5 + 0.5 * spec.m) * spec.perm
         slower *= WIDE.get(config["CLUSTER"], 1.0) if spec.m <= 32 else 1.0
+        if spec.zeros or spec.group_size < 64 or spec.dtype == torch.bfloat16:
+            slower *= 1.14
+        if spec.activation == "silu_mul":
+            slower *= 1.28  # pairs of warpgroups, of which two are a block
+        units, slices = math.ceil(spec.k / (128 * config["CLUSTER"])), config["SLICES"]
+        slower *= math.ceil(units / slices) * slices / units
     elif spec.zeros or spec.perm or spec.group_size < 64 or spec.k % 512:
         start, slower = 1.6 * start, 1.4 * slower  # more loads a chunk than registers to have them on their way in
     if variant == "stream" and spec.norm:
