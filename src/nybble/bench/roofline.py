@@ -23,6 +23,30 @@ class Ceilings(NamedTuple):
     half_tflops: float
 
 
+class Peaks(NamedTuple):
+    """What a device can't exceed, from its clocks; 0 where the driver does not say.
+
+    Attributes:
+        read_tbps: memory clock times bus width, TB/s.
+        half_tflops: dense fp16 on all tensor cores at the highest clock, TFLOP/s.
+    """
+
+    read_tbps: float
+    half_tflops: float
+
+
+TENSOR_FLOPS = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096}
+"""Dense fp16 operations with fp32 sums that an SM does in a cycle, by compute capability."""
+
+
+def peaks(index: int) -> Peaks:
+    """Of CUDA device ``index``."""
+    card = torch.cuda.get_device_properties(index)
+    memory = 2e3 * getattr(card, "memory_clock_rate", 0) * getattr(card, "memory_bus_width", 0) / 8
+    a_cycle = TENSOR_FLOPS.get((card.major, card.minor), 0) * card.multi_processor_count
+    return Peaks(memory / 1e12, a_cycle * 1e3 * getattr(card, "clock_rate", 0) / 1e12)
+
+
 def measure(device: torch.device, *, side: int = 8192, repeats: int = 20) -> Ceilings:
     """Measure both on a CUDA device. Takes about a second."""
     with torch.cuda.device(device), torch.inference_mode():

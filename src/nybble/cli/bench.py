@@ -31,6 +31,9 @@ JSON = typer.Option(False, "--json", help="Print one JSON object and nothing els
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
 FILTER = typer.Option("", help="Only cases with all these words: a function, a dtype, m=1; commas between them.")
 OPS = typer.Argument(None, metavar="[OP]...", help="Operations; all when left out.")
+OPS_OR_SHAPE = typer.Argument(
+    None, metavar="[OP]... | w4a16 M [N [K]]", help="Operations, all when left out; or one product: N and K are 1024."
+)
 OPS_WITH_ROWS = typer.Argument(None, metavar="[OP]...", help="Operations; when left out, all that have rows.")
 RESULTS = typer.Option("results", help="Where rows are kept.")
 PLOT_TO = typer.Option(None, "--plot-to", help="The same into this .svg or .png; needs a single OP.")
@@ -100,7 +103,7 @@ def _described(case: Case) -> dict[str, Any]:
 
 @app.command("run")
 def run(
-    ops: list[str] = OPS,
+    ops: list[str] = OPS_OR_SHAPE,
     filter: str = FILTER,
     quick: bool = typer.Option(False, "--quick", help="Fewer rounds: a first look, not numbers to publish."),
     peers: bool = typer.Option(True, help="Measure the other libraries in the same run."),
@@ -116,6 +119,7 @@ def run(
     runs: int | None = typer.Option(
         None, "--runs", min=1000, help="Calls timed one by one; 1000, on a CPU with --quick 100."
     ),
+    group_size: int | None = typer.Option(None, "--group-size", help="Of one product: 16, 32, 64, 128, 256 or -1."),
     device: str = DEVICE,
     json: bool = JSON,
 ) -> None:
@@ -127,10 +131,23 @@ def run(
 
     With --target-ms or --runs each case's table is followed by the latency of single calls of Nybble's pick:
     percentiles, and whether P99 meets the target. A target that is missed leaves the exit code as it is.
+
+    `nybble bench run w4a16 32 1024 1024` is a program of its own: one product of 32 x 1024 by 1024 x 1024, which
+    kernel took it, whether it is right, its first values, time, TFLOP/s and GB/s, and the same for 1 to 512 rows.
     """
     from nybble.bench import latency, report
 
     where = device_of(device)
+    numbers = [int(word) for word in ops or [] if word.lstrip("-").isdigit()]
+    if numbers or group_size is not None:
+        others = {"--filter": filter, "--small": small, "--save": save, "--plot": plot, "--plot-to": plot_to}
+        others |= {"--target-ms": target_ms is not None, "--runs": runs}
+        for option, given in others.items():
+            if given:
+                raise typer.BadParameter("not for one product (M N K)", param_hint=option)
+        names = [word for word in ops or [] if not word.lstrip("-").isdigit()]
+        _run_single(names, numbers, group_size, where, quick=quick, json=json)
+        return
     alone = target_ms is not None or runs is not None
     if runs is None:
         runs = latency.QUICK_RUNS if quick and where.type == "cpu" else latency.RUNS
@@ -195,6 +212,42 @@ def run(
         for text in (*wrong, *failed):
             err.print(text, style="red", markup=False, soft_wrap=True)
     if wrong or failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _run_single(
+    names: list[str], numbers: list[int], group_size: int | None, where: Any, *, quick: bool, json: bool
+) -> None:
+    """One product, checked, timed, and timed for other rows."""
+    from nybble.bench import roofline, single
+    from nybble.runtime.hardware import current
+
+    if names != ["w4a16"]:
+        raise typer.BadParameter(f"M N K are of w4a16, not of {', '.join(names) or 'nothing'}", param_hint="OP")
+    if len(numbers) > 3:
+        raise typer.BadParameter(f"M N K are three numbers, got {len(numbers)}", param_hint="M N K")
+    m, n, k = (*numbers, *single.DEFAULTS[len(numbers) :])
+    shape = {"m": m, "n": n, "k": k} | ({} if group_size is None else {"group_size": group_size})
+    module = cases_module("w4a16")
+    case = module.parse(shape, module.BENCH[0].dtype)
+    card = current(where.index) if where.type == "cuda" else None
+    peaks = roofline.peaks(where.index or 0) if card is not None else None
+    found = single.measure(case, device=where, hardware=card, peaks=peaks, rounds=8 if quick else 30)
+    impossible = [f"M {point.m}: {point.impossible}" for point in (found.point, *found.sweep) if point.impossible]
+    gpu, capability = (card.name, ".".join(map(str, card.capability))) if card is not None else ("cpu", "")
+    if json:
+        print_json({
+            "gpu": gpu, "capability": capability, **found._asdict(), "point": found.point._asdict(),
+            "sweep": [point._asdict() for point in found.sweep], "impossible": impossible,
+        })  # fmt: skip
+    else:
+        text = "\n".join(single.lines(found, gpu, capability))
+        stdout().print(text, markup=False, highlight=False, soft_wrap=True)
+        for line in dict.fromkeys(impossible):
+            stderr().print(line, style="yellow", markup=False, soft_wrap=True)
+        if found.wrong:
+            stderr().print(f"{found.case}: {found.wrong}", style="red", markup=False, soft_wrap=True)
+    if found.wrong:
         raise typer.Exit(EXIT_FAILED)
 
 

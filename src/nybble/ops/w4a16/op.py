@@ -296,7 +296,7 @@ def _launch(
         (rows - 1).bit_length(), variant, device, around,
     )  # fmt: skip
     ready = _PLANS.get(key)
-    if odd or ready is None or isinstance(ready, str) or not shape or shape[-1] != k:
+    if odd or ready is None or not shape or shape[-1] != k:
         check(
             x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2, words
         )  # fmt: skip
@@ -305,17 +305,18 @@ def _launch(
                 x, weight, bias, variant, residual, norm_bias, norm_kind, activation, split1, split2
             )  # fmt: skip
             ready = _PLANS[key] = _make(spec, device)
+        if not isinstance(ready, str):
+            bias, residual = _straight(bias), _straight(residual)
+            norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
+    if isinstance(ready, str):
         if ready == "composed":
             return _composed(
                 x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2
             )  # fmt: skip
-        if isinstance(ready, str):
-            return _reference(
-                x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation,
-                split1=split1, split2=split2,
-            )  # fmt: skip
-        bias, residual = _straight(bias), _straight(residual)
-        norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
+        return _reference(
+            x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation,
+            split1=split1, split2=split2,
+        )  # fmt: skip
     kernel, plan, tile_m, across, most, share, gather, templates, maps = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
