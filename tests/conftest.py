@@ -62,6 +62,14 @@ def _seeds() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions, whatever this machine was tuned to. Only where the operations are imported: most tests need none."""
+    if "nybble.runtime.tuned" in sys.modules:
+        monkeypatch.setattr("nybble.runtime.tuned._parse", lambda file, hardware: {})
+        monkeypatch.setattr("nybble.runtime.tuned._READ", {})
+
+
 @pytest.fixture
 def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty kernel cache of this test's own. Tests that only need kernels do without it and share the user's."""

@@ -282,7 +282,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one_and_nothing_beside_
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr("nybble.runtime.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         plot.draw("norm", ROWS[:1], path)
     assert path.read_bytes() == old

@@ -86,7 +86,7 @@ def test_an_append_that_fails_leaves_the_file_and_nothing_beside_it(tmp_path, mo
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr("nybble.runtime.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         report.append(path, [{"us": 2}])
     assert path.read_text() == '{"us": 1}\n'

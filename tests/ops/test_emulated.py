@@ -13,7 +13,7 @@ from nybble.ops.norm import op as norm_op
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.w4a16 import op as linear_op
 from nybble.ops.w4a16.cases import EPS, W4A16Case
-from nybble.ops.w4a16.cost import gemm_shape, stream_shape, wgmma_shape
+from nybble.ops.w4a16.cost import gemm_shapes, stream_shape, wgmma_shape
 from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import H200
 
@@ -196,9 +196,9 @@ def many(
 ) -> None:
     """Run the kernel for many rows in a form of its own."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
-    found = gemm_shape(spec, H200, (form,))
+    found = gemm_shapes(spec, H200, (form,))
     assert not isinstance(found, str), found
-    config, weight = found[1] | {"SHARED": 227 << 10, "AHEAD": ahead}, inputs.weight
+    config, weight = found[0][1] | {"SHARED": 227 << 10, "AHEAD": ahead}, inputs.weight
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
     tile, teams, slices, cluster, ways = form

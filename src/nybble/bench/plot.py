@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nybble.bench.report import KEYS, write_whole
+from nybble.bench.report import KEYS
 from nybble.runtime.errors import UnsupportedError, wrong_value
+from nybble.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

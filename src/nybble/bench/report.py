@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.table import Table
 
 import nybble
 from nybble.bench.run import Measurement, dtype_name, label, options
+from nybble.runtime.files import write_whole
 from nybble.runtime.hardware import Hardware
 
 KEYS = (
@@ -123,22 +122,6 @@ def row(measurement: Measurement, at: Stamp) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a new one is written beside it and takes its place. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(beside).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> int:

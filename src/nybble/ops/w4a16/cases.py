@@ -172,7 +172,7 @@ class W4A16Case(Case):
         )  # fmt: skip
 
     def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
-        return cost.choose(self.spec(variant), hardware)
+        return op.choose(self.spec(variant), hardware)
 
     def sources(self, hardware: Hardware) -> list[Source]:
         """Of every variant that can run it; a composition's are those of what it asks for."""

@@ -244,11 +244,11 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     return start + slower * max(us, memory) + GATHER_US * spec.perm, config
 
 
-def gemm_shape(spec: Spec, hardware: Hardware, forms: tuple[Form, ...] = ()) -> tuple[float, dict[str, int]] | str:
-    """The predicted us and the constants of ``gemm.cu`` for a request, or why it can't run it.
-
-    ``forms``, where given, are those to choose from.
-    """
+def gemm_shapes(
+    spec: Spec, hardware: Hardware, forms: tuple[Form, ...] = ()
+) -> list[tuple[float, dict[str, int]]] | str:
+    """The predicted us and the constants of ``gemm.cu`` for a request in every form it has, the fastest first, or why
+    it can't run it. ``forms``, where given, are those to choose from."""
     pairs, size = spec.activation == "silu_mul", spec.group_size
     if hardware.capability != (9, 0):
         return "needs the wgmma of compute capability 9.0"
@@ -261,19 +261,20 @@ def gemm_shape(spec: Spec, hardware: Hardware, forms: tuple[Form, ...] = ()) -> 
     tiles = [min(128, max(16, spec.m))] + ([64] if spec.m > 64 else [])
     forms = forms or tuple((t, *rest) for t in tiles for rest in GEMM_FORMS)
     built = [found for form in forms if (found := _gemm_form(spec, hardware, form))]
-    return (
-        min(built, key=lambda found: found[0]) if built else "no form of it fits this GPU's registers and shared memory"
-    )
+    return sorted(built, key=lambda found: found[0]) or "no form of it fits this GPU's registers and shared memory"
 
 
-def _gemm(spec: Spec, hardware: Hardware) -> Candidate:
-    found = gemm_shape(spec, hardware)
+def _gemms(spec: Spec, hardware: Hardware) -> list[Candidate]:
+    found = gemm_shapes(spec, hardware)
     if isinstance(found, str):
-        return Candidate("gemm", (), None, found, refused=True)
-    us, config = found
-    reason = f"{config['TILE_M']} rows x {64 * config['TEAMS']} features a tile"
-    parts = config["WAYS"] * config["SLICES"]
-    return Candidate("gemm", tuple(config.items()), us, reason + (f", K in {parts} parts" if parts > 1 else ""))
+        return [Candidate("gemm", (), None, found, refused=True)]
+    candidates = []
+    for us, config in found:
+        reason = f"{config['TILE_M']} rows x {64 * config['TEAMS']} features a tile"
+        parts = config["WAYS"] * config["SLICES"]
+        reason += f", K in {parts} parts" if parts > 1 else ""
+        candidates.append(Candidate("gemm", tuple(config.items()), us, reason))
+    return candidates
 
 
 def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
@@ -332,7 +333,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     reason = f"{tile} rows x 64 features a block, {slices} slices along K"
     config = (("TILE_M", tile), ("SLICES", slices))
     mma = Candidate("mma", config, LAUNCH_US + max(memory, maths), reason)
-    whole = [_whole(spec, hardware, "wgmma"), _gemm(spec, hardware), _whole(spec, hardware, "stream")]
+    whole = [_whole(spec, hardware, "wgmma"), _gemms(spec, hardware)[0], _whole(spec, hardware, "stream")]
     if not spec.around:
         return [mma, *whole, reference]
     # Each kernel around the product starts, and moves about one tensor in and one out.
@@ -343,6 +344,26 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     reason = f"the norm, then {inner.variant}" if spec.norm else f"{inner.variant}, and {apart} kernels after it"
     refused = Candidate("mma", (), None, "no prologue or epilogue; composed instead", refused=True)
     return [refused, *whole, Candidate("composed", (), us, reason), reference]
+
+
+CONTENDERS, BEHIND = 8, 1.5
+"""How many forms of gemm.cu are worth measuring, and how many times slower than the fastest they may be predicted."""
+
+
+def contenders(spec: Spec, hardware: Hardware) -> list[Candidate]:
+    """What tuning measures: every variant that can run, ``gemm.cu`` in several forms; not the reference."""
+    able = [c for c in candidates(spec, hardware) if not c.refused and c.variant not in ("gemm", "reference")]
+    forms = [c for c in _gemms(spec, hardware) if not c.refused][:CONTENDERS]
+    return able + [c for c in forms if (c.us or 0.0) <= BEHIND * (forms[0].us or 0.0)]
+
+
+def key(spec: Spec) -> str:
+    """What a measured choice is of: all of a request that changes which kernel is the fastest."""
+    named = {name: getattr(spec, name) for name in ("m", "n", "k", "group_size")}
+    named |= {"dtype": str(spec.dtype).removeprefix("torch."), "scales": str(spec.scale_dtype).removeprefix("torch.")}
+    named |= {name: getattr(spec, name) for name in ("zeros", "perm", "norm", "activation", "residual", "splits")}
+    said = " ".join(f"{name}={value}" for name, value in named.items() if value not in (False, "", ()))
+    return f"w4a16 {said}"
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from nybble.formats.tiles import PackedWeight
 from nybble.ops.norm import op as norms
 from nybble.ops.register import eager, register
 from nybble.ops.w4a16 import cost, reference
-from nybble.runtime import hardware
+from nybble.runtime import hardware, tuned
 from nybble.runtime.build import compile_kernel
-from nybble.runtime.choice import Candidate
+from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.errors import wrong_type, wrong_value
 from nybble.runtime.plan import MAP, Plan
 from nybble.runtime.source import PACKAGE, Source
@@ -397,10 +398,42 @@ def gather_source(spec: cost.Spec) -> Source:
     return Source(GATHER, (("X", spec.dtype), ("K", spec.k), ("THREADS", GATHER_THREADS)))
 
 
+_forced: tuple[str, Candidate] | None = None
+
+
+@contextmanager
+def forced(spec: cost.Spec, candidate: Candidate, plans: dict[tuple[Any, ...], Ready | str]) -> Iterator[None]:
+    """Inside, this request runs this candidate, and ``plans`` keeps what is built. For measuring, in one thread."""
+    global _PLANS, _forced
+    kept = _PLANS, _forced
+    _PLANS, _forced = plans, (cost.key(spec), candidate)
+    try:
+        yield
+    finally:
+        _PLANS, _forced = kept
+
+
+def choose(spec: cost.Spec, card: hardware.Hardware | None) -> Choice:
+    """The variant for this request: what ``nybble tune`` measured on this GPU, else what is predicted.
+
+    Raises:
+        ValueError: ``spec.variant`` is unknown.
+        UnsupportedError: the variant asked for can't run here; the text says why.
+    """
+    predicted = cost.choose(spec, card)
+    if spec.variant != "auto" or card is None:
+        return predicted
+    name = cost.key(spec)
+    measured = _forced[1] if _forced is not None and _forced[0] == name else tuned.lookup(card, name)
+    if measured is None:
+        return predicted
+    return Choice(measured, (measured, *(c for c in predicted.candidates if c.variant != measured.variant)))
+
+
 def _make(spec: cost.Spec, device: int) -> Ready | str:
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
-    chosen = cost.choose(spec, card).pick
+    chosen = choose(spec, card).pick
     if chosen.variant not in KERNELS:
         return chosen.variant
     binary, config = compile_kernel(source(spec, chosen), card.arch), dict(chosen.config)
