@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nybble
+from nybble.bench.run import dtype_name, options
 from nybble.ops.w4a16 import cost, op
-from nybble.ops.w4a16.cases import W4A16Case
+from nybble.ops.w4a16.cases import BENCH, W4A16Case
 from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import A100, H200
@@ -310,6 +313,24 @@ def test_a_backward_raises_whatever_needs_the_gradient() -> None:
     y = nybble.w4a16_linear(inputs.x, inputs.weight, norm=inputs.norm._replace(weight=scale))
     with pytest.raises(RuntimeError, match="no backward"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("case", BENCH, ids=lambda case: f"{case.m}x{case.n}x{case.k}-{options(case)}")
+def test_the_pick_is_within_5_percent_of_the_fastest_row(case: W4A16Case) -> None:
+    """Of what was measured on an H200, kernel by kernel."""
+    rows = Path(__file__).parents[2] / "results" / "h200" / "w4a16.jsonl"
+    measured = {}
+    for row in map(json.loads, rows.read_text().splitlines()):
+        same = (
+            row["shape"] == case.shape()
+            and row["dtype"] == dtype_name(case)
+            and row.get("options", {}) == options(case)
+        )
+        if same and row["provider"] == "nybble":
+            measured[row["variant"]] = row["us"]
+    assert measured, "a case that was never measured"
+    pick = cost.choose(case.spec(), H200).pick.variant
+    assert measured[pick] <= 1.05 * min(measured.values()), (pick, measured)
 
 
 @pytest.mark.parametrize("around", AROUND, ids=str)

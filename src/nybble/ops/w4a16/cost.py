@@ -301,6 +301,7 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
             slower *= 1.28  # pairs of warpgroups, of which two are a block
         units, slices = math.ceil(spec.k / (128 * config["CLUSTER"])), config["SLICES"]
         slower *= math.ceil(units / slices) * slices / units
+        slower *= 1.15 if spec.k % 128 else 1.0  # one block of a cluster has a stage more, and half of it
     elif spec.zeros or spec.perm or spec.group_size < 64 or spec.k % 512:
         start, slower = 1.6 * start, 1.4 * slower  # more loads a chunk than registers to have them on their way in
     if variant == "stream" and spec.norm:
