@@ -315,6 +315,21 @@ def test_a_backward_raises_whatever_needs_the_gradient() -> None:
         y.sum().backward()
 
 
+def test_a_copy_for_timing_has_its_own_of_what_is_read() -> None:
+    inputs = W4A16Case(2, 64, 64, bias=True, norm="rmsnorm").make()
+    other = copy.deepcopy(inputs)
+    assert other.quantized is inputs.quantized
+    assert other.norm is not None
+    assert inputs.norm is not None
+    for mine, yours in (
+        (other.x, inputs.x), (other.weight.qweight, inputs.weight.qweight), (other.bias, inputs.bias),
+        (other.norm.weight, inputs.norm.weight),
+    ):  # fmt: skip
+        assert mine is not None
+        assert mine.data_ptr() != yours.data_ptr()
+        torch.testing.assert_close(mine, yours)
+
+
 @pytest.mark.parametrize("case", BENCH, ids=lambda case: f"{case.m}x{case.n}x{case.k}-{options(case)}")
 def test_the_pick_is_within_5_percent_of_the_fastest_row(case: W4A16Case) -> None:
     """Of what was measured on an H200, kernel by kernel."""

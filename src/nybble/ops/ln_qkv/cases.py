@@ -26,6 +26,7 @@ class QkvInputs(Inputs):
     """The linear's inputs, and the weight once more as GPTQ has it on disk."""
 
     gptq: dict[str, Tensor] = field(default_factory=dict)
+    never_read: ClassVar[tuple[str, ...]] = ("quantized", "weight")
 
 
 @dataclass(frozen=True)

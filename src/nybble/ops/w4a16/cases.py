@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,11 @@ LIPSCHITZ = 1.13
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one request is made of: ``quantized`` is the meaning of ``weight``."""
+    """What one request is made of: ``quantized`` is the meaning of ``weight``.
+
+    A copy has its own of everything that a call reads, and shares the rest: copies that are timed in turn lie in memory
+    as the layers of a model do, not with twice their size of other things between them.
+    """
 
     x: Tensor
     weight: PackedWeight
@@ -37,6 +42,11 @@ class Inputs:
     norm: op.Norm | None = None
     activation: str = ""
     residual: Tensor | None = None
+    never_read: ClassVar[tuple[str, ...]] = ("quantized",)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.never_read}
+        return replace(self, **copy.deepcopy(own, memo))
 
 
 @dataclass(frozen=True)
