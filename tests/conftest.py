@@ -66,8 +66,22 @@ def _seeds() -> None:
 def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions, whatever this machine was tuned to. Only where the operations are imported: most tests need none."""
     if "nybble.runtime.tuned" in sys.modules:
-        monkeypatch.setattr("nybble.runtime.tuned._parse", lambda file, hardware: {})
-        monkeypatch.setattr("nybble.runtime.tuned._READ", {})
+        keep_choices_in(Path(__file__).parent / "a folder that is not there", monkeypatch)
+
+
+def keep_choices_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.runtime import tuned
+
+    monkeypatch.setattr(tuned, "path", lambda hardware: folder / "tuned" / f"{hardware.slug}.json")
+    monkeypatch.setattr(tuned, "_READ", {})
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of this test's own measured choices, empty at first, though the machine may keep none."""
+    keep_choices_in(tmp_path, monkeypatch)
+    monkeypatch.setattr("nybble.runtime.settings.USE_CACHE", True)
+    return tmp_path / "tuned"
 
 
 @pytest.fixture

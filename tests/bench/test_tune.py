@@ -20,16 +20,7 @@ from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import H200
 
 CPU = torch.device("cpu")
-PARSE = tuned._parse
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("nybble.runtime.settings.CACHE_DIR", tmp_path)
-    monkeypatch.setattr("nybble.runtime.settings.USE_CACHE", True)
-    monkeypatch.setattr(tuned, "_parse", PARSE)
-    monkeypatch.setattr(tuned, "_READ", {})
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("choices")
 
 
 @pytest.fixture

@@ -16,15 +16,11 @@ from nybble.runtime import tuned
 from nybble.runtime.hardware import current
 
 CUDA = torch.device("cuda", 0)
-PARSE = tuned._parse
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No choices but those of the test. Compiled kernels stay where they are."""
-    monkeypatch.setattr(tuned, "path", lambda hardware: tmp_path / "tuned.json")
-    monkeypatch.setattr(tuned, "_parse", PARSE)
-    monkeypatch.setattr(tuned, "_READ", {})
+def plans(choices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No choices but those of the test, and no plan made before. Compiled kernels stay where they are."""
     monkeypatch.setattr(op, "_PLANS", {})
 
 

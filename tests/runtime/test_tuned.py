@@ -13,18 +13,11 @@ from nybble.runtime import tuned
 from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import A100, H200
 
-PARSE = tuned._parse
+PATH = tuned.path
 CHOICE = Candidate("gemm", (("TILE_M", 64), ("TEAMS", 3)), 15.25, "whatever")
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, and the real reader."""
-    monkeypatch.setattr("nybble.runtime.settings.CACHE_DIR", tmp_path)
-    monkeypatch.setattr("nybble.runtime.settings.USE_CACHE", True)
-    monkeypatch.setattr(tuned, "_parse", PARSE)
-    monkeypatch.setattr(tuned, "_READ", {})
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("choices")
 
 
 def test_a_choice_comes_back_in_another_process() -> None:
@@ -99,6 +92,11 @@ def test_a_folder_that_can_not_be_written_leaves_the_file(monkeypatch: pytest.Mo
         tuned.write(H200, {"b": CHOICE})
     assert tuned.path(H200).read_text() == before
     assert [file.name for file in tuned.path(H200).parent.iterdir()] == ["h200.json"]
+
+
+def test_the_file_is_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nybble.runtime.settings.CACHE_DIR", tmp_path)
+    assert PATH(H200) == tmp_path / "tuned" / "h200.json"
 
 
 def test_forgotten_is_gone() -> None:
