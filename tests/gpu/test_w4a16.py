@@ -368,7 +368,7 @@ def test_gemm_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", cost.GEMM_FORMS, ids=str)
 @pytest.mark.parametrize("m", [13, 31, 61, 200])
-def test_every_form_of_gemm(m: int, form: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_gemm(m: int, form: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a block, the last not full, and parts of K of different lengths."""
     _runs("gemm")
     monkeypatch.setattr(cost, "GEMM_FORMS", (form,))

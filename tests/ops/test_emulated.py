@@ -11,6 +11,7 @@ from torch import Tensor
 from nybble.ops.norm import cost as norm_cost
 from nybble.ops.norm import op as norm_op
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.w4a16 import cost
 from nybble.ops.w4a16 import op as linear_op
 from nybble.ops.w4a16.cases import EPS, W4A16Case
 from nybble.ops.w4a16.cost import gemm_shapes, stream_shape, wgmma_shape
@@ -167,32 +168,35 @@ def test_wgmma(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
 
 
 # For many rows: a form (TILE_M, TEAMS, SLICES, CLUSTER, WAYS), stages ahead, and how many clusters.
-MANY: list[tuple[W4A16Case, tuple[int, int, int, int, int], int, int]] = [
-    (W4A16Case(64, 128, 512), (64, 2, 1, 1, 1), 4, 1),
-    (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True), (64, 1, 1, 1, 1), 2, 2),
-    (W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True), (64, 1, 1, 1, 1), 2, 2),
-    (W4A16Case(130, 256, 448, 16, symmetric=False), (64, 3, 1, 1, 1), 2, 1),
-    (W4A16Case(33, 256, 256, -1, residual=True), (64, 3, 1, 1, 1), 2, 2),
-    (W4A16Case(150, 320, 384, 256, bias=True, activation="gelu", residual=True), (128, 2, 1, 1, 1), 3, 4),
+MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
+    (W4A16Case(64, 128, 512), (64, 2, 1, 1, 1, 0), 4, 1),
+    (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True), (64, 1, 1, 1, 1, 0), 2, 2),
+    (W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True), (64, 1, 1, 1, 1, 0), 2, 2),
+    (W4A16Case(130, 256, 448, 16, symmetric=False), (64, 3, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(33, 256, 256, -1, residual=True), (64, 3, 1, 1, 1, 0), 2, 2),
+    (W4A16Case(150, 320, 384, 256, bias=True, activation="gelu", residual=True), (128, 2, 1, 1, 1, 0), 3, 4),
     (
         W4A16Case(70, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True),
-        (128, 2, 1, 1, 1), 2, 2,
+        (128, 2, 1, 1, 1, 0), 2, 2,
     ),
-    (W4A16Case(20, 512, 256, activation="silu_mul"), (16, 4, 1, 1, 1), 2, 1),
-    (W4A16Case(100, 128, 256, scale_dtype=FLOAT), (32, 1, 1, 1, 1), 2, 1),
-    (W4A16Case(70, 328, 640, 64, BRAIN, bias=True), (128, 1, 1, 2, 1), 3, 2),  # the last tile alone
-    (W4A16Case(40, 512, 384, activation="silu_mul", residual=True), (64, 2, 1, 2, 1), 2, 1),
-    (W4A16Case(33, 384, 512), (64, 1, 1, 4, 1), 4, 1),
-    (W4A16Case(64, 192, 1024), (64, 3, 1, 2, 2), 3, 1),
-    (W4A16Case(50, 136, 712, 64, BRAIN, symmetric=False, bias=True), (64, 1, 2, 2, 2), 2, 2),
-    (W4A16Case(70, 200, 840, 256, residual=True), (32, 1, 3, 1, 1), 2, 2),
-    (W4A16Case(16, 512, 1024, 32, symmetric=False, activation="silu_mul"), (16, 2, 2, 2, 2), 2, 1),
-    (W4A16Case(60, 128, 1024, activation="gelu"), (64, 1, 1, 4, 4), 2, 1),
+    (W4A16Case(20, 512, 256, activation="silu_mul"), (16, 4, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(100, 128, 256, scale_dtype=FLOAT), (32, 1, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(70, 328, 640, 64, BRAIN, bias=True), (128, 1, 1, 2, 1, 0), 3, 2),  # the last tile alone
+    (W4A16Case(40, 512, 384, activation="silu_mul", residual=True), (64, 2, 1, 2, 1, 0), 2, 1),
+    (W4A16Case(33, 384, 512), (64, 1, 1, 4, 1, 0), 4, 1),
+    (W4A16Case(64, 192, 1024), (64, 3, 1, 2, 2, 0), 3, 1),
+    (W4A16Case(50, 136, 712, 64, BRAIN, symmetric=False, bias=True), (64, 1, 2, 2, 2, 0), 2, 2),
+    (W4A16Case(70, 200, 840, 256, residual=True), (32, 1, 3, 1, 1, 0), 2, 2),
+    (W4A16Case(16, 512, 1024, 32, symmetric=False, activation="silu_mul"), (16, 2, 2, 2, 2, 0), 2, 1),
+    (W4A16Case(60, 128, 1024, activation="gelu"), (64, 1, 1, 4, 4, 0), 2, 1),
+    (W4A16Case(64, 448, 1024), (64, 4, 1, 2, 1, 1), 3, 1),
+    (W4A16Case(61, 520, 712, symmetric=False, bias=True, residual=True), (64, 2, 1, 2, 1, 1), 2, 2),
+    (W4A16Case(40, 1032, 384, 64, BRAIN, bias=True, activation="gelu"), (32, 3, 1, 2, 1, 1), 2, 1),  # two tiles of rows
 ]  # fmt: skip
 
 
 def many(
-    case: W4A16Case, form: tuple[int, int, int, int, int], ahead: int, clusters: int, splits: tuple[int, ...] = ()
+    case: W4A16Case, form: cost.Form, ahead: int, clusters: int, splits: tuple[int, ...] = ()
 ) -> None:
     """Run the kernel for many rows in a form of its own."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
@@ -201,7 +205,7 @@ def many(
     config, weight = found[0][1] | {"SHARED": 227 << 10, "AHEAD": ahead}, inputs.weight
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
-    tile, teams, slices, cluster, ways = form
+    tile, teams, slices, cluster, ways, _ = form
     emulate.launch(
         linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqn",
         (clusters * cluster, 1, 1), 128 * teams * slices + 128, (x, tile // (cluster // ways)),
@@ -212,7 +216,7 @@ def many(
 
 
 @pytest.mark.parametrize(("case", "form", "ahead", "clusters"), MANY, ids=lambda value: str(value)[:80])
-def test_gemm(case: W4A16Case, form: tuple[int, int, int, int, int], ahead: int, clusters: int) -> None:
+def test_gemm(case: W4A16Case, form: cost.Form, ahead: int, clusters: int) -> None:
     many(case, form, ahead, clusters)
 
 
@@ -224,4 +228,4 @@ def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
 def test_a_result_of_many_rows_in_planes(splits: tuple[int, ...]) -> None:
-    many(W4A16Case(20, 192, 256, bias=True), (32, 3, 1, 2, 2), 1, 1, splits)
+    many(W4A16Case(20, 192, 256, bias=True), (32, 3, 1, 2, 2, 0), 1, 1, splits)

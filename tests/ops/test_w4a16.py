@@ -443,7 +443,7 @@ def _pick(monkeypatch: pytest.MonkeyPatch, variant: str, **config: int) -> None:
 
 
 def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
-    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, CLUSTER=2, WAYS=1, AHEAD=2, SHARED=60000, GATHERED=0)
+    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, CLUSTER=2, WAYS=1, MIDDLE=0, AHEAD=2, SHARED=60000, GATHERED=0)
     monkeypatch.setattr(Recorder, "clusters_at_once", lambda self: 4)
     case = W4A16Case(40, 320, 256, 64, bias=True, residual=True)
     inputs, weight = case.make(), case.make().weight

@@ -35,10 +35,10 @@ FEW: tuple[tuple[int, float, float], ...] = (
 GATHER_US = 2.0
 """With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long. What comes
 after it starts later than after another product, so that few rows lose more."""
-Form = tuple[int, int, int, int, int]
-"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS."""
+Form = tuple[int, int, int, int, int, int]
+"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, MIDDLE."""
 GEMM_FORMS = tuple(
-    (teams, slices, cluster, ways)
+    (teams, slices, cluster, ways, 0)
     for teams in (1, 2, 3, 4)
     for slices in (1, 2, 3, 4)
     for cluster, ways in ((1, 1), (2, 1), (2, 2))
@@ -210,7 +210,7 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
 
 def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[str, int]] | None:
     """The predicted us of a form of ``gemm.cu``, and its constants; ``None`` where it can't be built."""
-    tile, teams, slices, cluster, ways = form
+    tile, teams, slices, cluster, ways, middle = form
     pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
     if (pairs and teams % 2) or warpgroups > (2 if tile == 128 else 4) or (tile == 128 and slices > 1):
@@ -221,24 +221,24 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     stages = math.ceil(of_block / slices)
     stage = slices * (2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros)))
     own, rows = tile // ways, 32 if tile == 128 else 16
-    rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16
+    rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16 + middle * tile * 128
     stage = math.ceil(stage / 1024) * 1024
     ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
     if ahead < min(3, stages) or (ways - 1) * of_block >= units:
         return None
-    across = math.ceil(spec.n / (2 if pairs else 1) / (64 * teams / (2 if pairs else 1) * wide))
+    across = math.ceil(spec.n / (64 * (teams * wide - middle)))
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
     turns = math.ceil(math.ceil(spec.m / tile) * across / at_once)
     start, turn, sums = GEMM_US
     unit = (UNIT_US[tile][warpgroups - 1] + (parts - 1) * tile * 0.00028) * (
         1.04 if tile == 128 and cluster == 1 else 1.0
     )
-    us = turns * (stages * warpgroups * unit + turn + sums * (ways * slices > 1))
+    us = turns * (stages * (warpgroups - middle / 2) * unit + turn + sums * (ways * slices + middle > 1))
     us *= 1 + 0.1 * us / (us + 600)
     memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
-        "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "AHEAD": ahead,
-        "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
+        "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "MIDDLE": middle,
+        "EARLY": int(tile > 16 and not middle), "AHEAD": ahead, "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0
     return start + slower * max(us, memory) + GATHER_US * spec.perm, config

@@ -47,12 +47,14 @@ constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_
 constexpr int BATCH = TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
 constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
-constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N, TILES_N = (N_OUT + BLOCK_OUT - 1) / BLOCK_OUT;
+constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
 
 // Blocks that share x fetch SHARE_M rows of a tile for all of them; of blocks that split K each owns OWN_M rows of the sums.
 constexpr int WIDE = CLUSTER / WAYS;
 static_assert(WAYS == 1 || WAYS == CLUSTER, "a cluster shares x or splits K");
 constexpr int SHARE_M = TILE_M / WIDE, OWN_M = TILE_M / WAYS, SOURCES = WAYS * SLICES;
+constexpr int CLUSTER_OUT = WIDE * BLOCK_OUT - 64 * MIDDLE, TILES_N = (N_OUT + CLUSTER_OUT - 1) / CLUSTER_OUT;
+static_assert(MIDDLE == 0 || (WIDE == 2 && SLICES == 1 && ACT != SILU_MUL && EARLY == 0 && TILE_M % 16 == 0), "two blocks share a team");
 constexpr int BLOCK_UNITS = (UNITS + WAYS - 1) / WAYS, STAGES = (BLOCK_UNITS + SLICES - 1) / SLICES;
 static_assert(WIDE == 1 || AHEAD <= STAGES, "a stage is waited for in the tile after it at the latest");
 static_assert(SHARE_M * WIDE == TILE_M && SHARE_M % 8 == 0 && OWN_M * WAYS == TILE_M && OWN_M % 8 == 0, "parts of 8 rows");
@@ -71,7 +73,7 @@ static_assert(WARPGROUPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODU
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
 constexpr int PASS = OWN_M < PASS_M ? OWN_M : PASS_M;  // rows of results at a time
 static_assert(OWN_M % PASS == 0, "passes of the same number of rows");
-constexpr int SUMS = (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats that others have added up
+constexpr int SUMS = MIDDLE ? 4 * TILE_M / 16 * 128 : (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats of others
 constexpr int BYTES = AHEAD * STAGE + TEAMS * PASS * PAD * 4 + SUMS * 4 + 2 * AHEAD * 8 + 16;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
@@ -90,7 +92,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row8 = lane / 4;
     const int team = warp / 4 % TEAMS, slice = warp / (4 * TEAMS), strip = warp % 4;  // the same in all lanes: no register of a lane
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
-    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * ((TILES_N + WIDE - 1) / WIDE);
+    const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
     const int wide_rank = rank / WAYS, rank_k = rank % WAYS;
     const int first_unit = rank_k * BLOCK_UNITS, units = min(BLOCK_UNITS, UNITS - first_unit);
     const int stages = WAYS == 1 ? STAGES : (units + SLICES - 1) / SLICES;
@@ -98,11 +100,21 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WIDE * THREADS / 32);
-        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4), barrier_init(taken, WAYS * TEAMS * 4);
+        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4), barrier_init(taken, MIDDLE ? 8 : WAYS * TEAMS * 4);
         barrier_init_done();
     }
     __syncthreads();
     if constexpr (CLUSTER > 1) cluster_arrive();  // this block's barriers are there
+
+    // The 64 features of N of a warpgroup; with silu_mul of its two halves in turn. The blocks of a cluster may share the team
+    // in the middle: the one has the first half of K for it, the other the second.
+    auto features_of = [&](int tile_n, int t) {
+        if constexpr (MIDDLE) return tile_n * (2 * TEAMS - 1) + (rank == 0 || t == TEAMS - 1 ? t : TEAMS + t);
+        const int at = (tile_n * WIDE + wide_rank) * TEAMS + t;
+        if constexpr (ACT == SILU_MUL) return min(at / 2, N / 128 - 1) + at % 2 * (N / 128);
+        return at;
+    };
+    auto takes_part = [&](int t, int stage) { return MIDDLE == 0 || t < TEAMS - 1 || (stage < STAGES / 2) == (rank == 0); };
 
     // The last warpgroup asks for everything: weights before the previous kernel is complete, x after.
     if (slice == SLICES) {
@@ -112,7 +124,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             return;
         }
         int tile, stage, slot, turn, n_tile, row;  // of what is asked for next
-        auto turn_to = [&](int to) { tile = to, n_tile = to / tiles_m * WIDE + wide_rank, row = to % tiles_m * TILE_M + wide_rank * SHARE_M; };
+        auto turn_to = [&](int to) { tile = to, n_tile = to / tiles_m, row = to % tiles_m * TILE_M + wide_rank * SHARE_M; };
         auto begin = [&] { turn_to(worker), stage = slot = turn = 0; };
         auto next = [&] {
             if (++stage == stages) stage = 0, turn_to(tile + workers);
@@ -128,12 +140,12 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             };
             unsigned char* const to = shared + slot * STAGE;
             Barrier* const at = filled + slot;
-            barrier_expect(at, count * X_BYTES + TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
+            const int teams = takes_part(TEAMS - 1, stage) ? TEAMS : TEAMS - 1;
+            barrier_expect(at, count * X_BYTES + teams * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
-                int in_n = n_tile * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
-                if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
-                const long long block = min(in_n, N64 - 1);
+                if (MIDDLE && t == teams) break;
+                const long long block = min(features_of(n_tile, t), N64 - 1);
                 copy_bulk(to + STAGE_WEIGHTS + t * SLICES * WEIGHT_BYTES, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
                 constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
                 for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
@@ -186,6 +198,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     int slot = 0, turn = 0, step = 0;
     auto expect = [&] {
         if (SOURCES > 1 && threadIdx.x == 0) barrier_expect(summed, (WAYS - 1) * SLICES * TEAMS * 4 * (OWN_M / 8) * 512);
+        if (MIDDLE && threadIdx.x == 128 * (TEAMS - 1)) barrier_expect(summed, SUMS * 4);
     };
     expect();
     // Weights are unpacked a batch of steps ahead of the tensor cores, into the registers that they no longer read.
@@ -201,7 +214,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             unpack_int4<X>(word[(from + i) % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[batch % 2][i]);
         }
     };
-    if (worker < tiles) barrier_wait(filled, 0), unpack(0, 0);
+    if (EARLY && worker < tiles) barrier_wait(filled, 0), unpack(0, 0);
     for (int tile = worker; tile < tiles; tile += workers) {
         float total[TILE_M / 2];
 #pragma unroll
@@ -212,11 +225,23 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
             const bool last = stage + 1 == stages && tile + workers >= tiles;
             const int now = slot;
+            if (!EARLY) barrier_wait(filled + slot, turn);
             if (++slot == AHEAD) slot = 0, turn ^= 1;
+            // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
+            const bool awaited = tile + workers < tiles || stage + AHEAD < stages;
+            auto release = [&] {
+                if (WIDE == 1 && lane == 0) barrier_arrive(used + now);
+                if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + now, lane);
+            };
+            if (MIDDLE && !takes_part(team, stage)) {
+                release();
+                continue;
+            }
             float part[TOGETHER][TILE_M / 2], scale[TOGETHER][2];  // of features g and g + 8
 #pragma unroll
             for (int batch = 0; batch < 8 / BATCH; ++batch) {
                 const int first = batch * BATCH / (TOGETHER * STEPS) * TOGETHER;  // of the groups summed now
+                if (!EARLY) unpack(at, batch);
                 wgmma_fence();
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
@@ -234,19 +259,15 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                         if (K64 % 2 != 0 && PARTS > 1 && first + p >= PARTS / 2 && unit * 2 + 1 >= K64) scale[p][0] = scale[p][1] = 0.0f;
                     }
                 const bool ends = batch + 1 == 8 / BATCH, sums = (batch + 1) * BATCH % (TOGETHER * STEPS) == 0;
-                if (ends && !last) barrier_wait(filled + slot, turn);
-                wgmma_wait<1>();
-                if (!ends) unpack(at, batch + 1);
-                else if (!last) unpack(slot * STAGE, 0);
+                if constexpr (EARLY) {
+                    if (ends && !last) barrier_wait(filled + slot, turn);
+                    wgmma_wait<1>();
+                    if (!ends) unpack(at, batch + 1);
+                    else if (!last) unpack(slot * STAGE, 0);
+                }
                 if (!sums) continue;
                 wgmma_wait<0>();
-                // All of the stage has been read: the weights to registers, x by the products that are complete.
-                if (ends) {
-                    // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
-                    const bool awaited = tile + workers < tiles || stage + AHEAD < stages;
-                    if (WIDE == 1 && lane == 0) barrier_arrive(used + now);
-                    if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + now, lane);
-                }
+                if (ends) release();  // all of the stage has been read: weights to registers, x by products that are complete
                 const bool there = SLICES == 1 || stage * SLICES + slice < units;  // or what the ring had there before
 #pragma unroll
                 for (int p = 0; p < TOGETHER; ++p) {
@@ -258,9 +279,56 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             }
         }
 
+        // Results, PASS rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
+        // have gate and up go together.
+        const int n_tile = tile / tiles_m;
+        unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product
+        pin(index);
+        const int lane = index % 32, row8 = lane / 4;
+        auto store = [&](const auto& values, int from_row) {  // from_row: of the tile
+            constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
+            constexpr int HELD = sizeof(values) / 2, STEP = HELD < PASS ? HELD : PASS;  // rows
+            float* const place = results + team * PASS * PAD;
+            const float* const gate = results + team / SHARERS * SHARERS * PASS * PAD;
+            const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
+            const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + from_row;
+            const int first_feature = ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 * 64 : features_of(n_tile, team) * 64;
+#pragma unroll
+            for (int pass = 0; pass < HELD / STEP; ++pass) {
+                if (first_row + pass * STEP >= rows) break;
+                sync_part(group, 128 * SHARERS);
+#pragma unroll
+                for (int i = 0; i < STEP / 2; ++i) {
+                    const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                    place[row * PAD + strip * 16 + row8 + i % 4 / 2 * 8] = values[pass * (STEP / 2) + i];
+                }
+                sync_part(group, 128 * SHARERS);
+                for (int piece = thread; piece < STEP * 16; piece += 128 * SHARERS) {  // of four features
+                    const int row = piece / 16, column = piece % 16 * 4, feature = first_feature + column;
+                    const long long m = first_row + pass * STEP + row;
+                    if (m >= rows || feature >= N_OUT) continue;
+                    finish_four<ACT, BIAS, RESIDUAL, N, SPLIT1, SPLIT2>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
+                        const float4 v = *reinterpret_cast<const float4*>(gate + (which * PASS + row) * PAD + column);
+                        value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+                    });
+                }
+            }
+        };
         // Sums of the other parts of K come to the warp that owns the rows, as fragments, and are added in the order of sources.
-        float own[OWN_M / 2];
+        auto send_part = [&](const float* v, float* to, int blocks, int owner) {
+#pragma unroll
+            for (int block = 0; block < blocks; ++block)
+                send(to + block * 128, v[block * 4], v[block * 4 + 1], v[block * 4 + 2], v[block * 4 + 3], summed, owner);
+        };
+        auto add_part = [&](float* v, const float* from, int blocks) {
+#pragma unroll
+            for (int block = 0; block < blocks; ++block) {
+                const float4 more = *reinterpret_cast<const float4*>(from + block * 128);
+                v[block * 4] += more.x, v[block * 4 + 1] += more.y, v[block * 4 + 2] += more.z, v[block * 4 + 3] += more.w;
+            }
+        };
         if constexpr (SOURCES > 1) {
+            float own[OWN_M / 2];
             if (step > 0) barrier_wait(taken, (step - 1) % 2);
 #pragma unroll
             for (int owner = 0; owner < WAYS; ++owner) {
@@ -273,11 +341,11 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 // The owner is no source of its own: the others are numbered without it.
                 const int source = rank_k == owner ? slice - 1 : SLICES - 1 + ((rank_k + WAYS - owner) % WAYS - 1) * SLICES + slice;
                 float* const to = sums + ((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) * 128 + lane * 4;
+                if (owner != rank_k) send_part(v, to, OWN_M / 8, owner);
+                else
 #pragma unroll
-                for (int block = 0; block < OWN_M / 8; ++block) {
-                    if (owner == rank_k) *reinterpret_cast<float4*>(to + block * 128) = float4{v[block * 4], v[block * 4 + 1], v[block * 4 + 2], v[block * 4 + 3]};
-                    else send(to + block * 128, v[block * 4], v[block * 4 + 1], v[block * 4 + 2], v[block * 4 + 3], summed, owner);
-                }
+                    for (int block = 0; block < OWN_M / 8; ++block)
+                        *reinterpret_cast<float4*>(to + block * 128) = float4{v[block * 4], v[block * 4 + 1], v[block * 4 + 2], v[block * 4 + 3]};
             }
             if (slice > 0) {
                 __syncwarp();
@@ -287,53 +355,36 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 if (tile + workers < tiles) expect();
 #pragma unroll
                 for (int source = 0; source < SOURCES - 1; ++source)
-#pragma unroll
-                    for (int block = 0; block < OWN_M / 8; ++block) {
-                        const float4 more = *reinterpret_cast<const float4*>(
-                            sums + (((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) + block) * 128 + lane * 4);
-                        own[block * 4] += more.x, own[block * 4 + 1] += more.y, own[block * 4 + 2] += more.z, own[block * 4 + 3] += more.w;
-                    }
+                    add_part(own, sums + ((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) * 128 + lane * 4, OWN_M / 8);
                 __syncwarp();
                 if (tile + workers < tiles && lane < WAYS) barrier_arrive(taken, lane);
+                store(own, rank_k * OWN_M);
             }
             ++step;
-            if (slice > 0) continue;
+        } else if constexpr (MIDDLE) {
+            if (team < TEAMS - 1) {
+                store(total, 0);
+            } else {
+                constexpr int HALF = TILE_M / 2;  // rows that a block owns
+                float own[HALF / 2];
+                float* const there = sums + strip * (HALF / 8) * 128 + lane * 4;
+#pragma unroll
+                for (int i = 0; i < HALF / 2; ++i) {
+                    const float first = total[i], second = total[HALF / 2 + i];
+                    own[i] = rank == 0 ? first : second, total[i] = rank == 0 ? second : first;
+                }
+                if (step > 0) barrier_wait(taken, (step - 1) % 2);
+                send_part(total, there, HALF / 8, 1 - rank);
+                barrier_wait(summed, step % 2);
+                if (tile + workers < tiles) expect();
+                add_part(own, there, HALF / 8);
+                __syncwarp();
+                if (tile + workers < tiles && lane < 2) barrier_arrive(taken, lane);
+                store(own, rank * HALF);
+            }
+            ++step;
         } else {
-#pragma unroll
-            for (int i = 0; i < OWN_M / 2; ++i) own[i] = total[i];
-        }
-
-        // The results, 16 rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
-        // have gate and up go together.
-        const int n_tile = tile / tiles_m * WIDE + wide_rank;
-        const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + rank_k * OWN_M;
-        constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
-        unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product
-        pin(index);
-        const int lane = index % 32, row8 = lane / 4;
-        float* const place = results + team * PASS * PAD;
-        const float* const gate = results + team / SHARERS * SHARERS * PASS * PAD;
-        const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
-#pragma unroll
-        for (int pass = 0; pass < OWN_M / PASS; ++pass) {
-            if (first_row + pass * PASS >= rows) break;
-            sync_part(group, 128 * SHARERS);
-#pragma unroll
-            for (int i = 0; i < PASS / 2; ++i) {
-                const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-                place[row * PAD + strip * 16 + row8 + i % 4 / 2 * 8] = own[pass * (PASS / 2) + i];
-            }
-            sync_part(group, 128 * SHARERS);
-            for (int piece = thread; piece < PASS * 16; piece += 128 * SHARERS) {  // of four features
-                const int row = piece / 16, column = piece % 16 * 4;
-                const int feature = n_tile * BLOCK_OUT + team / SHARERS * 64 + column;
-                const long long m = first_row + pass * PASS + row;
-                if (m >= rows || feature >= N_OUT) continue;
-                finish_four<ACT, BIAS, RESIDUAL, N, SPLIT1, SPLIT2>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
-                    const float4 v = *reinterpret_cast<const float4*>(gate + (which * PASS + row) * PAD + column);
-                    value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
-                });
-            }
+            store(total, 0);
         }
     }
 }

@@ -465,7 +465,8 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     if chosen.variant == "gemm":
         wide = cluster // config["WAYS"]
         tile_m, most = config["TILE_M"], plan.clusters_at_once()
-        return Ready("gemm", plan, tile_m, -(-tiles // wide), most, tile_m // wide, gather, {}, {})
+        across = -(-spec.n // (features * wide - 64 * config["MIDDLE"]))
+        return Ready("gemm", plan, tile_m, across, most, tile_m // wide, gather, {}, {})
     return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, gather, {}, {})
 
 
