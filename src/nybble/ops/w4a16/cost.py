@@ -42,7 +42,7 @@ GEMM_FORMS = tuple(
     for teams in (1, 2, 3, 4)
     for slices in (1, 2, 3, 4)
     for cluster, ways in ((1, 1), (2, 1), (2, 2))
-)
+) + ((4, 1, 2, 1, 1),)
 """What comes after TILE_M in the forms that are compared. Clusters of four lose: 30 of them run at once, of two 66."""
 UNIT_US = {
     16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345),
@@ -197,8 +197,9 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
             cluster * max(tile, 4 * teams * slices) * 4 if spec.norm else 0
         )
         shared = 2 * units * tile * 128 + ahead * stage + 4 * sums + (2 * ahead + 2 * buffers + 1) * 8
-        # One row of x is gathered by way of the place where the sums will be.
-        gathered = spec.perm and (spec.m > 1 or spec.k * 2 > 4 * buffers * slices * at_once * 64 * teams)
+        row = math.ceil(spec.k / 8) * 16  # of x, before it is gathered
+        gathered = spec.perm and (spec.m > 1 or shared + row > hardware.shared_bytes)
+        shared += row if spec.perm and not gathered else 0
         if shared <= hardware.shared_bytes:
             return {
                 "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
@@ -213,7 +214,7 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     tile, teams, slices, cluster, ways, middle = form
     pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
-    if (pairs and teams % 2) or warpgroups > (2 if tile == 128 else 4) or (tile == 128 and slices > 1):
+    if (pairs and (teams % 2 or middle)) or warpgroups > (2 if tile == 128 else 4) or (tile == 128 and slices > 1):
         return None
     if tile == 64 and warpgroups == 4 and (slices > 1 or ways > 1 or parts > 1):
         return None  # spills at 96 registers

@@ -62,7 +62,9 @@ constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_
 constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
 constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
 constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? CLUSTER * MOMENT_ROWS * 4 : 0;  // floats
-constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + (2 * AHEAD + 2 * BUFFERS + 1) * 8;
+constexpr bool GATHER = PERM && !GATHERED;  // one row of x, in the order of perm
+constexpr int ROW_BYTES = GATHER ? (K * 2 + 15) / 16 * 16 : 0;
+constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + ROW_BYTES + (2 * AHEAD + 2 * BUFFERS + 1) * 8;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
@@ -75,7 +77,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     unsigned char* const ring = shared + X_BYTES;
     float* const all_sums = reinterpret_cast<float*>(ring + AHEAD * STAGE);
     float* const moments = all_sums + BUFFERS * SUMS;
-    Barrier* const filled = reinterpret_cast<Barrier*>(moments + MOMENTS);  // a stage of the ring
+    X* const whole = reinterpret_cast<X*>(moments + MOMENTS);  // a row of x before it is gathered
+    Barrier* const filled = reinterpret_cast<Barrier*>(moments + MOMENTS + ROW_BYTES / 4);  // a stage of the ring
     Barrier* const used = filled + AHEAD;
     Barrier* const summed = used + AHEAD;  // a step's sums
     Barrier* const stored = summed + BUFFERS;
@@ -156,7 +159,6 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     const int share_bits = NORM == 0 || rows_here * 2 > WARPS ? 0 : rows_here * 4 > WARPS ? 1 : rows_here * 8 > WARPS ? 2 : 3;
     const int sharers = 1 << share_bits;
     if (NORM && threadIdx.x == 0) barrier_expect(measured, CLUSTER * rows_here * sharers * 16);
-    constexpr bool GATHER = PERM && !GATHERED;
     int order[8] = {};  // act-order: where this thread's next eight features of x are
     auto turn_to = [&](int piece) {
         const int k = begin * 64 + piece % (RANGE * 8) * 8;
@@ -165,7 +167,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         *reinterpret_cast<int4*>(order + 4) = *reinterpret_cast<const int4*>(perm + k + 4);
     };
     if constexpr (GATHER) turn_to(threadIdx.x);
-    else cluster_arrive();  // this block's barriers are there
+    cluster_arrive();  // this block's barriers are there
     wait_for_previous();
     allow_next();
 
@@ -175,10 +177,9 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         return reinterpret_cast<X*>(tile + (column / 64 * TILE_M + row) * 128 + ((column / 8 % 8) ^ (row % 8)) * 16);
     };
     if constexpr (GATHER) {
-        // The packed weights are sorted by group, so x is gathered instead: one row, all of it first where the sums will be.
-        // From shared memory; every 2-byte load from global memory would take a cycle of the SM's own.
-        static_assert(!GATHER || (TILE_M == 8 && K * 2 <= BUFFERS * SUMS * 4), "one row fits in the place of the sums");
-        X* const whole = reinterpret_cast<X*>(all_sums);
+        // The packed weights are sorted by group, so x is gathered instead, from shared memory: every 2-byte load from global
+        // memory would take a cycle of the SM's own.
+        static_assert(!GATHER || TILE_M == 8, "only one row is gathered here");
         for (int k = threadIdx.x * 8; k < K; k += THREADS * 8) copy_async_16(whole + k, x + first_row * K + k, true);
         commit_copies();
         wait_copies<0>();
@@ -190,8 +191,6 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             *reinterpret_cast<Vector<X, 8>*>(piece_at(0, piece * 8)) = gathered;
             turn_to(piece + THREADS);
         }
-        sync_part(1, THREADS);
-        cluster_arrive();  // this block's barriers are there, and the place of the sums is free
     } else {
         for (int piece = threadIdx.x; piece < rows_here * (RANGE * 8); piece += THREADS) {
             const int row = piece / (RANGE * 8), column = piece % (RANGE * 8) * 8, k = begin * 64 + column;
