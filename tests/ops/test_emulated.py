@@ -116,6 +116,8 @@ COPIED: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(12, 128, 840, 32, act_order=True, norm="layernorm"), 1, {}),
     (W4A16Case(16, 512, 256, 64, norm="rmsnorm", activation="silu_mul"), 2, {"TEAMS": 2, "SLICES": 2}),
     (W4A16Case(5, 64, 448, 16, symmetric=False, norm="rmsnorm"), 1, {"SLICES": 2}),  # half a unit at the end
+    (W4A16Case(9, 200, 1288, 32, BRAIN, symmetric=False), 2, {"SLICES": 3, "AHEAD": 2, "APART": 1}),
+    (W4A16Case(3, 256, 2048), 1, {"TEAMS": 2, "SLICES": 2, "APART": 1}),
 ]
 
 

@@ -203,7 +203,7 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         if shared <= hardware.shared_bytes:
             return {
                 "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
-                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(gathered),
+                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(gathered), "APART": 0,
                 "BLOCKS": 3 if (slices, ahead, tile) == (2, 3, 8) else 1, "SHARED": shared,
             }  # fmt: skip
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"

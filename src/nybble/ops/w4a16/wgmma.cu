@@ -18,7 +18,7 @@
 //               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][max(TILE_M, warps)][4] float; barriers
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
-//               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
+//               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; APART: 0/1, slices wait for their own units; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
 //               0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a
 //               multiple of 128, TEAMS even: every other warpgroup has features of up)
 // Roof          N * K / 2 bytes of weights up to about 32 rows; beyond, the exchange of sums
@@ -62,9 +62,10 @@ constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_
 constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
 constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
 constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? CLUSTER * MOMENT_ROWS * 4 : 0;  // floats
+constexpr int RINGS = APART ? SLICES : 1;  // parts of a stage that are waited for one by one
 constexpr bool GATHER = PERM && !GATHERED;  // one row of x, in the order of perm
 constexpr int ROW_BYTES = GATHER ? (K * 2 + 15) / 16 * 16 : 0;
-constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + ROW_BYTES + (2 * AHEAD + 2 * BUFFERS + 1) * 8;
+constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + ROW_BYTES + (2 * AHEAD * RINGS + 2 * BUFFERS + 1) * 8;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
@@ -79,8 +80,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     float* const moments = all_sums + BUFFERS * SUMS;
     X* const whole = reinterpret_cast<X*>(moments + MOMENTS);  // a row of x before it is gathered
     Barrier* const filled = reinterpret_cast<Barrier*>(moments + MOMENTS + ROW_BYTES / 4);  // a stage of the ring
-    Barrier* const used = filled + AHEAD;
-    Barrier* const summed = used + AHEAD;  // a step's sums
+    Barrier* const used = filled + AHEAD * RINGS;
+    Barrier* const summed = used + AHEAD * RINGS;  // a step's sums
     Barrier* const stored = summed + BUFFERS;
     Barrier* const measured = stored + BUFFERS;
 
@@ -96,21 +97,28 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     // Phase 1: one warp asks for all weights, AHEAD stages of them before anything is waited for: no kernel writes them.
     if (warp == THREADS / 32) {
         int tile_asked = worker, stage = 0, slot = 0, turn = 0;
-        auto ask = [&] {
-            const int chunk = begin + stage * SLICES * 2, chunks = min(SLICES * 2, end - chunk);
+        // One part of a stage: all of it, or APART a slice's unit, which may not be there in the last stage.
+        auto ask_part = [&](int part) {
+            constexpr int SPAN = APART ? 2 : SLICES * 2;
+            const int chunk = begin + stage * SLICES * 2 + part * SPAN, chunks = max(min(SPAN, end - chunk), 0);
             // Rows of scales: one a group, or one a unit where a group is longer. Of the last unit maybe only half is there.
             const int groups = PARTS == 1 ? (chunks + 1) / 2 : min((chunks + 1) / 2 * PARTS, GROUPS - chunk * 64 / GROUP);
             auto group_of = [&](int i) {
                 if constexpr (GROUP >= K) return 0;
                 else return PARTS == 1 ? (chunk + 2 * i) * 64 / GROUP : chunk * 64 / GROUP + i;
             };
-            Barrier* const at = filled + slot;
+            Barrier* const at = filled + slot * RINGS + part;
+            if (turn > 0) barrier_wait(used + slot * RINGS + part, (turn - 1) % 2);
+            if (APART && chunks == 0) {
+                barrier_arrive(at);
+                return;
+            }
             barrier_expect(at, TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
-                unsigned char* const weights = ring + slot * STAGE + t * SLICES * WEIGHT_BYTES;
-                unsigned char* const scale = ring + slot * STAGE + STAGE_SCALES + t * SLICES * SCALE_BYTES;
-                unsigned char* const zero = ring + slot * STAGE + STAGE_ZEROS + t * SLICES * ZERO_BYTES;
+                unsigned char* const weights = ring + slot * STAGE + (t * SLICES + part) * WEIGHT_BYTES;
+                unsigned char* const scale = ring + slot * STAGE + STAGE_SCALES + (t * SLICES + part) * SCALE_BYTES;
+                unsigned char* const zero = ring + slot * STAGE + STAGE_ZEROS + (t * SLICES + part) * ZERO_BYTES;
                 int in_n = tile_asked * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
                 if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
                 const long long block = min(in_n, N64 - 1);
@@ -123,13 +131,17 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                     if constexpr (ZEROS) copy_bulk(zero + i * 32, qzeros + row * 32, count * 32, at);
                 }
             }
+        };
+        auto ask = [&] {
+#pragma unroll
+            for (int part = 0; part < RINGS; ++part) ask_part(part);
             if (++slot == AHEAD) slot = 0, ++turn;
             if (++stage == stages) stage = 0, tile_asked += workers;
         };
         const bool asks = elected();
         if (asks) {
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
+            for (int i = 0; i < AHEAD * RINGS; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32 / RINGS);
 #pragma unroll
             for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * THREADS / 32);
             barrier_init(measured, 1);
@@ -140,10 +152,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         cluster_arrive();
         cluster_wait();
         if (asks && units > 0)
-            while (tile_asked < TILES) {
-                barrier_wait(used + slot, (turn - 1) % 2);
-                ask();
-            }
+            while (tile_asked < TILES) ask();
         return;
     }
     for (int i = threadIdx.x; i < TILE_M * RANGE; i += THREADS) {
@@ -328,7 +337,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
             const int unit = stage * SLICES + slice, at = slot * STAGE;
-            barrier_wait(filled + slot, turn);
+            const int ring_slot = slot * RINGS + (APART ? slice : 0);
+            barrier_wait(filled + ring_slot, turn);
             if (unit < units) {
                 const unsigned x_unit = x_rows + unit * (2 * TILE_M * 128 / 16);
                 const uint4 low = *reinterpret_cast<const uint4*>(my_weights + at);
@@ -365,7 +375,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                                          x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
                     }
                     wgmma_commit();
-                    if (first == 0 && lane == 0) barrier_arrive(used + slot);  // this warp has read the stage
+                    if (first == 0 && lane == 0) barrier_arrive(used + ring_slot);  // this warp has read the stage
                     wgmma_wait<0>();
 #pragma unroll
                     for (int p = 0; p < TOGETHER; ++p) {
@@ -375,7 +385,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                     }
                 }
             } else if (lane == 0) {
-                barrier_arrive(used + slot);
+                barrier_arrive(used + ring_slot);
             }
             if (++slot == AHEAD) slot = 0, turn ^= 1;
         }
