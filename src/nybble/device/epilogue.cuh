@@ -21,12 +21,16 @@ __device__ __forceinline__ X* in_planes(X* y, long long rows, long long m, int f
     return y + rows * SPLIT2 + m * (N - SPLIT2) + (f - SPLIT2);
 }
 
-// Four neighbouring features of row m, from their sums on. `sum(which, value)` adds up those of the result, or with silu_mul of
-// the gate (0) and of up (1).
-template <int ACT, bool BIAS, bool RESIDUAL, int N, int SPLIT1, int SPLIT2, typename X, typename Sum>
-__device__ __forceinline__ void finish_four(const X* bias, const X* residual, X* y, long long rows, long long m, int feature,
-                                            Sum sum) {
-    constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
+// Features of the plane that feature f is in: how far apart its rows are.
+template <int N, int SPLIT1, int SPLIT2> __device__ __forceinline__ int plane_width(int f) {
+    if constexpr (SPLIT1 == N) return N;
+    return f < SPLIT1 ? SPLIT1 : f < SPLIT2 ? SPLIT2 - SPLIT1 : N - SPLIT2;
+}
+
+// Four neighbouring features, from their sums on, to `to`; with a residual from `residual` on. `sum(which, value)` adds up those
+// of the result, or with silu_mul of the gate (0) and of up (1).
+template <int ACT, bool BIAS, bool RESIDUAL, int N, typename X, typename Sum>
+__device__ __forceinline__ void finish_at(const X* bias, const X* residual, X* to, int feature, Sum sum) {
     auto add = [](const X* from, float (&value)[4]) {
         float extra[4];
         load_vector(from, extra);
@@ -46,7 +50,16 @@ __device__ __forceinline__ void finish_four(const X* bias, const X* residual, X*
 #pragma unroll
         for (int e = 0; e < 4; ++e) value[e] = activate<ACT>(value[e]);
     }
-    if constexpr (RESIDUAL) add(residual + m * N_OUT + feature, value);
-    if constexpr (ACT == SILU_MUL) store_vector(y + m * N_OUT + feature, value);
-    else store_vector(in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), value);
+    if constexpr (RESIDUAL) add(residual, value);
+    store_vector(to, value);
+}
+
+// The same of row m of a result that may be three planes.
+template <int ACT, bool BIAS, bool RESIDUAL, int N, int SPLIT1, int SPLIT2, typename X, typename Sum>
+__device__ __forceinline__ void finish_four(const X* bias, const X* residual, X* y, long long rows, long long m, int feature,
+                                            Sum sum) {
+    constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
+    const long long at = m * N_OUT + feature;
+    if constexpr (ACT == SILU_MUL) finish_at<ACT, BIAS, RESIDUAL, N>(bias, residual + at, y + at, feature, sum);
+    else finish_at<ACT, BIAS, RESIDUAL, N>(bias, residual + at, in_planes<N, SPLIT1, SPLIT2>(y, rows, m, feature), feature, sum);
 }

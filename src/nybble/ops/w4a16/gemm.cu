@@ -292,7 +292,11 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const float* const gate = results + team / SHARERS * SHARERS * PASS * PAD;
             const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
             const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + from_row;
-            const int first_feature = ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 * 64 : features_of(n_tile, team) * 64;
+            // A thread has the same four features of every eighth row, so it looks once which plane they are in.
+            const int row0 = thread / 16, column = thread % 16 * 4;
+            const int feature = column + (ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 : features_of(n_tile, team)) * 64;
+            const int width = ACT == SILU_MUL ? N_OUT : plane_width<N, SPLIT1, SPLIT2>(feature);
+            X* const to = ACT == SILU_MUL ? y + feature : in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
 #pragma unroll
             for (int pass = 0; pass < HELD / STEP; ++pass) {
                 if (first_row + pass * STEP >= rows) break;
@@ -303,11 +307,12 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                     place[row * PAD + strip * 16 + row8 + i % 4 / 2 * 8] = values[pass * (STEP / 2) + i];
                 }
                 sync_part(group, 128 * SHARERS);
-                for (int piece = thread; piece < STEP * 16; piece += 128 * SHARERS) {  // of four features
-                    const int row = piece / 16, column = piece % 16 * 4, feature = first_feature + column;
+                if (feature >= N_OUT) continue;
+                for (int row = row0; row < STEP; row += 8 * SHARERS) {
                     const long long m = first_row + pass * STEP + row;
-                    if (m >= rows || feature >= N_OUT) continue;
-                    finish_four<ACT, BIAS, RESIDUAL, N, SPLIT1, SPLIT2>(bias, residual, y, rows, m, feature, [&](int which, float (&value)[4]) {
+                    if (m >= rows) break;
+                    finish_at<ACT, BIAS, RESIDUAL, N>(bias, residual + m * N_OUT + feature, to + m * width, feature,
+                                                      [&](int which, float (&value)[4]) {
                         const float4 v = *reinterpret_cast<const float4*>(gate + (which * PASS + row) * PAD + column);
                         value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
                     });
