@@ -36,3 +36,19 @@ static void load_matrices(unsigned (&r)[4], unsigned address) {
     warp_barrier();
 }
 static void load_matrices(unsigned (&r)[4], const void* row) { load_matrices(r, unsigned(__cvta_generic_to_shared(row))); }
+static void store_transposed(unsigned first, unsigned second, void* row) {
+    auto& warp = warp_of();
+    warp.address[self->lane] = __cvta_generic_to_shared(row);
+    warp.words[self->lane][0] = first, warp.words[self->lane][1] = second;
+    warp_barrier();
+    if (self->lane < 16) {
+        const int matrix = self->lane / 8, r = self->lane % 8;
+        if (warp.address[self->lane] % 16) fail("a misaligned stmatrix");
+        unsigned char* const to = shared_at(*self->block, warp.address[self->lane], 16);
+        for (int c = 0; c < 8; ++c) {
+            const uint16_t value = warp.words[c * 4 + r / 2][matrix] >> (16 * (r % 2));
+            std::memcpy(to + c * 2, &value, 2);
+        }
+    }
+    warp_barrier();
+}

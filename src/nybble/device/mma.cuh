@@ -33,6 +33,14 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row)
     load_matrices(r, static_cast<unsigned>(__cvta_generic_to_shared(row)));
 }
 
+// Two 8x8 matrices of 16-bit values, held as an accumulator is, to shared memory, transposed; lane i gives the address of row
+// i % 8 of matrix i / 8, the lanes from 16 on are not asked. sm_90. PTX ISA, "stmatrix".
+__device__ __forceinline__ void store_transposed(unsigned first, unsigned second, void* row) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(row))), "r"(first), "r"(second)
+                 : "memory");
+}
+
 // Keeps a value in its register: the compiler would otherwise compute addresses anew at every use, a dozen instructions.
 __device__ __forceinline__ void pin(unsigned& value) { asm volatile("" : "+r"(value)); }
 template <typename T> __device__ __forceinline__ void pin(const T*& pointer) { asm volatile("" : "+l"(pointer)); }
