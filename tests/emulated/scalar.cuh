@@ -49,6 +49,11 @@ template <typename T> static PairOf<T> __hsub2(PairOf<T> a, PairOf<T> b) {
     for (int i = 0; i < 2; ++i) d.v[i] = from_float<T>(to_float(a.v[i]) - to_float(b.v[i]));
     return d;
 }
+template <typename T> static PairOf<T> __hmul2(PairOf<T> a, PairOf<T> b) {
+    PairOf<T> d;
+    for (int i = 0; i < 2; ++i) d.v[i] = from_float<T>(to_float(a.v[i]) * to_float(b.v[i]));
+    return d;
+}
 static half2 __hfma2(half2 a, half2 b, half2 c) {
     half2 d;
     for (int i = 0; i < 2; ++i) d.v[i] = from_float<half_t>(to_float(a.v[i]) * to_float(b.v[i]) + to_float(c.v[i]));

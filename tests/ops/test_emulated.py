@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import ClassVar
+
 import emulate
 import pytest
 import torch
@@ -197,9 +200,13 @@ MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
 ]  # fmt: skip
 
 
-def many(
-    case: W4A16Case, form: cost.Form, ahead: int, clusters: int, splits: tuple[int, ...] = ()
-) -> None:
+class RoundsWeights(W4A16Case):
+    """What a kernel may be off by that multiplies the scale into a 16-bit weight."""
+
+    rounds_weights: ClassVar[bool] = True
+
+
+def many(case: W4A16Case, form: cost.Form, ahead: int, clusters: int, splits: tuple[int, ...] = ()) -> None:
     """Run the kernel for many rows in a form of its own."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
     found = gemm_shapes(spec, H200, (form,))
@@ -214,7 +221,26 @@ def many(
         weight.qweight, weight.scales, weight.qzeros, inputs.bias, inputs.residual, y, case.m,
         shared_bytes=config["SHARED"], cluster=cluster,
     )  # fmt: skip
-    within(case, inputs, (joined(y, case, splits),))
+    within(
+        RoundsWeights(**{f.name: getattr(case, f.name) for f in fields(case) if f.init}) if config["FOLD"] else case,
+        inputs,
+        (joined(y, case, splits),),
+    )
+
+
+# The same with the scale multiplied into the weight.
+FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
+    (W4A16Case(300, 128, 512), (256, 2, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(260, 200, 712, 64, BRAIN, symmetric=False, bias=True), (256, 1, 1, 2, 1, 0), 2, 2),
+    (W4A16Case(256, 128, 456, 16, symmetric=False, activation="gelu"), (256, 1, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
+    (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
+]
+
+
+@pytest.mark.parametrize(("case", "form", "ahead", "clusters"), FOLDED, ids=lambda value: str(value)[:80])
+def test_gemm_with_rounded_weights(case: W4A16Case, form: cost.Form, ahead: int, clusters: int) -> None:
+    many(case, form, ahead, clusters)
 
 
 @pytest.mark.parametrize(("case", "form", "ahead", "clusters"), MANY, ids=lambda value: str(value)[:80])

@@ -62,3 +62,14 @@ __device__ __forceinline__ void unpack_int4(unsigned word, ZeroPoint top, ZeroPo
         }
     }
 }
+
+// The same times the scales of rows 0..7 and of rows 8..15, twice each, and rounded: weights as a 16-bit model has them.
+template <typename T>
+__device__ __forceinline__ void scale_fragment(unsigned (&fragment)[4], unsigned top, unsigned bottom) {
+    using P = typename Pair<T>::type;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const P scaled = __hmul2(*reinterpret_cast<P*>(&fragment[i]), *reinterpret_cast<P*>(i % 2 == 0 ? &top : &bottom));
+        fragment[i] = *reinterpret_cast<const unsigned*>(&scaled);
+    }
+}

@@ -45,7 +45,7 @@ GEMM_FORMS = tuple(
 ) + ((4, 1, 2, 1, 1),)
 """What comes after TILE_M in the forms that are compared. Clusters of four lose: 30 of them run at once, of two 66."""
 UNIT_US = {
-    16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345),
+    16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345), 256: (0.7, 0.65),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
 number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
@@ -214,14 +214,14 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     tile, teams, slices, cluster, ways, middle = form
     pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
-    if (pairs and (teams % 2 or middle)) or warpgroups > (2 if tile == 128 else 4) or (tile == 128 and slices > 1):
+    if (pairs and (teams % 2 or middle)) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
         return None
     if tile == 64 and warpgroups == 4 and (slices > 1 or ways > 1 or parts > 1):
         return None  # spills at 96 registers
     of_block = math.ceil(units / ways)
     stages = math.ceil(of_block / slices)
     stage = slices * (2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros)))
-    own, rows = tile // ways, 32 if tile == 128 else 16
+    own, rows = tile // ways, {128: 32, 256: 8}.get(tile, 16)
     rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16 + middle * tile * 128
     stage = math.ceil(stage / 1024) * 1024
     ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
@@ -239,7 +239,7 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "MIDDLE": middle,
-        "EARLY": int(tile > 16 and not middle), "AHEAD": ahead, "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
+        "EARLY": int(tile > 16 and not middle), "FOLD": int(tile == 256), "AHEAD": ahead, "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0
     return start + slower * max(us, memory) + GATHER_US * spec.perm, config

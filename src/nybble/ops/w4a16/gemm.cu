@@ -20,6 +20,7 @@
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 16, 32, 64, 128; TEAMS, SLICES: together up to 4, of TILE_M 128 up to 2; CLUSTER: 1, 2, 4;
 //               WAYS: 1 or CLUSTER; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT: 0,
+//               FOLD: 0/1, the weight is rounded to X with its scale, as a model in 16 bits has it, and TILE_M may be 256;
 //               1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
 // Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
@@ -44,7 +45,10 @@ constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;  
 constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
 constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, wgmmas of a group
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
-constexpr int BATCH = TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
+constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
+// Scales that are multiplied into fp16 weights are made larger, so that weights down to 2^-20 keep all their bits.
+constexpr float LARGER = FOLD && same<X, half_t> ? 64.0f : 1.0f;
+static_assert(!FOLD || (EARLY && SLICES == 1 && MIDDLE == 0), "no sums of a unit that are not of the tile");
 constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
 constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
@@ -203,7 +207,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     expect();
     // Weights are unpacked a batch of steps ahead of the tensor cores, into the registers that they no longer read.
     unsigned a[2][BATCH][4];
-    auto unpack = [&](int at, int batch) {  // of the stage at `at` in the ring
+    auto unpack = [&](int at, int batch, bool absent = false) {  // of the stage at `at` in the ring
         const int from = batch * BATCH;
         const uint4 four = *reinterpret_cast<const uint4*>(my_weights + at + from / 4 * 2048);
         const unsigned word[4] = {four.x, four.y, four.z, four.w};
@@ -212,6 +216,18 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             unsigned z = 0x88;
             if constexpr (ZEROS) z = my_zeros[at + (from + i) / STEPS * 32];
             unpack_int4<X>(word[(from + i) % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[batch % 2][i]);
+            if constexpr (FOLD) {
+                const Vector<S, 2> of_rows = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + (from + i) / STEPS * 64 * sizeof(S));
+                unsigned twice[2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float scale = absent ? 0.0f : to_float(of_rows.lane[r]) * LARGER;
+                    const float two[2] = {scale, scale};
+                    const Vector<X, 2> pair = rounded<X>(two);
+                    twice[r] = *reinterpret_cast<const unsigned*>(&pair);
+                }
+                scale_fragment<X>(a[batch % 2][i], twice[0], twice[1]);
+            }
         }
     };
     if (EARLY && worker < tiles) barrier_wait(filled, 0), unpack(0, 0);
@@ -228,13 +244,38 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             if (!EARLY) barrier_wait(filled + slot, turn);
             if (++slot == AHEAD) slot = 0, turn ^= 1;
             // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
-            const bool awaited = tile + workers < tiles || stage + AHEAD < stages;
-            auto release = [&] {
-                if (WIDE == 1 && lane == 0) barrier_arrive(used + now);
-                if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + now, lane);
+            auto release = [&](int slot_read, int stage_read) {
+                const bool awaited = tile + workers < tiles || stage_read + AHEAD < stages;
+                if (WIDE == 1 && lane == 0) barrier_arrive(used + slot_read);
+                if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot_read, lane);
             };
             if (MIDDLE && !takes_part(team, stage)) {
-                release();
+                release(now, stage);
+                continue;
+            }
+            if constexpr (FOLD) {  // the tensor cores add up all of K; a stage has been read when the next one's first products wait
+#pragma unroll
+                for (int batch = 0; batch < 2; ++batch) {
+                    wgmma_fence();
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        wgmma_add<X>(total, a[batch][i], x_unit + (batch * TILE_M * 128 + i * 32) / 16, stage + batch + i);
+                    wgmma_commit();
+                    if (batch == 1 && !last) barrier_wait(filled + slot, turn);
+                    wgmma_wait<1>();
+                    if (batch == 0) {
+                        if (stage > 0) release((now == 0 ? AHEAD : now) - 1, stage - 1);
+                        unpack(at, 1, K64 % 2 != 0 && unit * 2 + 1 >= K64);
+                    } else if (!last) {
+                        unpack(slot * STAGE, 0);
+                    }
+                }
+                if (stage + 1 < stages) continue;
+                wgmma_wait<0>();
+                release(now, stage);
+                arrived(total);
+#pragma unroll
+                for (int i = 0; i < TILE_M / 2; ++i) total[i] *= 1.0f / LARGER;
                 continue;
             }
             float part[TOGETHER][TILE_M / 2], scale[TOGETHER][2];  // of features g and g + 8
@@ -267,7 +308,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 }
                 if (!sums) continue;
                 wgmma_wait<0>();
-                if (ends) release();  // all of the stage has been read: weights to registers, x by products that are complete
+                if (ends) release(now, stage);  // all of the stage has been read: weights to registers, x by products that are complete
                 const bool there = SLICES == 1 || stage * SLICES + slice < units;  // or what the ring had there before
 #pragma unroll
                 for (int p = 0; p < TOGETHER; ++p) {
