@@ -194,7 +194,7 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         at_once = min(tile, 16 if teams == 3 else 32)
         stage = teams * slices * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
         sums = buffers * slices * at_once * 64 * teams + (
-            cluster * max(tile, 4 * teams * slices) * 4 if spec.norm else 0
+            (cluster * max(tile, 4 * teams * slices) + tile) * 4 if spec.norm else 0
         )
         shared = 2 * units * tile * 128 + ahead * stage + 4 * sums + (2 * ahead + 2 * buffers + 1) * 8
         row = math.ceil(spec.k / 8) * 16  # of x, before it is gathered

@@ -15,7 +15,8 @@
 //               of 128 input features of the block's range; one more warp asks for the weights. grid y: TILE_M rows
 // Shared memory x: [chunk of 64 features][TILE_M][64] X, swizzled, the block's range of K for all its tiles; the ring:
 //               AHEAD stages of a unit for every warpgroup, with its scales and zero points; sums: [BUFFERS][SOURCES][OWNED]
-//               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][max(TILE_M, warps)][4] float; barriers
+//               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][max(TILE_M, warps)][4] float, and
+//               [TILE_M][4] of rows; barriers
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
 //               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; APART: 0/1, slices wait for their own units; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
@@ -61,7 +62,7 @@ constexpr int WEIGHT_BYTES = 4096, SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BY
 constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SLICES * SCALE_BYTES;
 constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
 constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
-constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? CLUSTER * MOMENT_ROWS * 4 : 0;  // floats
+constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? (CLUSTER * MOMENT_ROWS + TILE_M) * 4 : 0;  // floats
 constexpr int RINGS = APART ? SLICES : 1;  // parts of a stage that are waited for one by one
 constexpr bool GATHER = PERM && !GATHERED;  // one row of x, in the order of perm
 constexpr int ROW_BYTES = GATHER ? (K * 2 + 15) / 16 * 16 : 0;
@@ -168,6 +169,25 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     const int share_bits = NORM == 0 || rows_here * 2 > WARPS ? 0 : rows_here * 4 > WARPS ? 1 : rows_here * 8 > WARPS ? 2 : 3;
     const int sharers = 1 << share_bits;
     if (NORM && threadIdx.x == 0) barrier_expect(measured, CLUSTER * rows_here * sharers * 16);
+    // The norm's weight and bias for this thread's columns. They are on their way with x: the kernel before may have made them.
+    constexpr int SETS = THREADS < RANGE * 8 ? 1 : THREADS / (RANGE * 8);  // threads that have the same columns, of other rows
+    const int my_columns = SETS == 1 ? threadIdx.x : threadIdx.x % (RANGE * 8), my_set = SETS == 1 ? 0 : threadIdx.x / (RANGE * 8);
+    Vector<X, 8> by, plus;
+    auto load_norm = [&](int group) {
+        const int k = begin * 64 + group * 8;
+        if (NORM == 0 || k >= K) return;
+        if constexpr (PERM) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const int feature = perm[k + e];
+                by.lane[e] = norm_weight[feature];
+                if constexpr (NORM_BIAS) plus.lane[e] = norm_bias[feature];
+            }
+        } else {
+            by = *reinterpret_cast<const Vector<X, 8>*>(norm_weight + k);
+            if constexpr (NORM_BIAS) plus = *reinterpret_cast<const Vector<X, 8>*>(norm_bias + k);
+        }
+    };
     int order[8] = {};  // act-order: where this thread's next eight features of x are
     auto turn_to = [&](int piece) {
         const int k = begin * 64 + piece % (RANGE * 8) * 8;
@@ -206,6 +226,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             copy_async_16(piece_at(row, column), k < K ? x + (first_row + row) * K + k : x, k < K);
         }
     }
+    if (NORM && my_set < SETS && my_columns < RANGE * 8) load_norm(my_columns);
     commit_copies();
     cluster_wait();
 
@@ -244,8 +265,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             if (lane < CLUSTER) send(moments + (rank * MOMENT_ROWS + job) * 4, mean, first, second, 0.0f, measured, lane);
         }
         barrier_wait(measured, 0);
-        for (int job = warp; job < rows_here * sharers; job += WARPS) {
-            const int row = job >> share_bits, from = (job & (sharers - 1)) * share, upto = min(from + share, width);
+        float* const normals = moments + CLUSTER * MOMENT_ROWS * 4;
+        for (int row = warp; row < rows_here; row += WARPS) {
             const Normal normal = combine<NORM == 1>(
                 CLUSTER * sharers, K, static_cast<float>(eps),
                 [&](int part) {
@@ -257,24 +278,22 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                     const float4 of = *reinterpret_cast<const float4*>(moments + at * 4);
                     return Moments{of.x, of.y, of.z};
                 });
-#pragma unroll 4
-            for (int k = from + lane * 8; k < upto; k += 256) {
-                float value[8], by[8], plus[8] = {};
-                load_vector(piece_at(row, k), value);
-                if constexpr (PERM) {
+            if (lane == 0) *reinterpret_cast<float4*>(normals + row * 4) = float4{normal.centre, normal.off, normal.scale, 0.0f};
+        }
+        sync_part(1, THREADS);
+        // Now a thread has eight columns of several rows, so that the norm's weight is read once and not once a row.
+        for (int group = my_columns; group < RANGE * 8 && my_set < SETS; group += THREADS) {
+            if (begin * 64 + group * 8 >= K) break;
+            if (group != my_columns) load_norm(group);
+#pragma unroll 2
+            for (int row = my_set; row < rows_here; row += SETS) {
+                const float4 n = *reinterpret_cast<const float4*>(normals + row * 4);
+                const Normal normal{n.x, n.y, n.z};
+                float value[8];
+                load_vector(piece_at(row, group * 8), value);
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) {
-                        const int feature = perm[begin * 64 + k + e];
-                        by[e] = to_float(norm_weight[feature]);
-                        if constexpr (NORM_BIAS) plus[e] = to_float(norm_bias[feature]);
-                    }
-                } else {
-                    load_vector(norm_weight + begin * 64 + k, by);
-                    if constexpr (NORM_BIAS) load_vector(norm_bias + begin * 64 + k, plus);
-                }
-#pragma unroll
-                for (int e = 0; e < 8; ++e) value[e] = normal(value[e]) * by[e] + plus[e];
-                store_vector(piece_at(row, k), value);
+                for (int e = 0; e < 8; ++e) value[e] = normal(value[e]) * to_float(by.lane[e]) + (NORM_BIAS ? to_float(plus.lane[e]) : 0.0f);
+                store_vector(piece_at(row, group * 8), value);
             }
         }
     }
