@@ -31,19 +31,17 @@
 #include "epilogue.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
+#include "packed.cuh"
 #include "reduce.cuh"
 #include "tensor.cuh"
 #include "vectors.cuh"
 #include "wgmma.cuh"
 
-static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
-static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
 static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
 static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
-constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;  // of 128 input features
-constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
-constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, wgmmas of a group
+using Weights = Packed<S, N, K, GROUP, ZEROS>;
+constexpr int K64 = Weights::K64, UNITS = Weights::UNITS, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
 constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
 // Scales that are multiplied into fp16 weights are made larger, so that weights down to 2^-20 keep all their bits.
@@ -63,8 +61,8 @@ constexpr int BLOCK_UNITS = (UNITS + WAYS - 1) / WAYS, STAGES = (BLOCK_UNITS + S
 static_assert(WIDE == 1 || AHEAD <= STAGES, "a stage is waited for in the tile after it at the latest");
 static_assert(SHARE_M * WIDE == TILE_M && SHARE_M % 8 == 0 && OWN_M * WAYS == TILE_M && OWN_M % 8 == 0, "parts of 8 rows");
 static_assert((WAYS - 1) * BLOCK_UNITS < UNITS, "every block has a part of K");
-constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = 4096;  // of a unit
-constexpr int SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of 64 output features
+constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = Weights::WEIGHT_BYTES;  // of a unit
+constexpr int SCALE_BYTES = Weights::SCALE_BYTES, ZERO_BYTES = Weights::ZERO_BYTES;  // of 64 output features
 constexpr int STAGE_WEIGHTS = SLICES * X_BYTES;
 constexpr int STAGE_SCALES = STAGE_WEIGHTS + WARPGROUPS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + WARPGROUPS * SCALE_BYTES;
 constexpr int STAGE = (STAGE_ZEROS + WARPGROUPS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
@@ -137,27 +135,15 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         auto ask_weights = [&] {
             const int count = min(SLICES, units - stage * SLICES), chunk = (first_unit + stage * SLICES) * 2;
             const int chunks = min(2 * count, K64 - chunk);
-            const int groups = PARTS == 1 ? count : min(count * PARTS, GROUPS - chunk * 64 / GROUP);
-            auto group_of = [&](int i) {
-                if constexpr (GROUP >= K) return 0;
-                else return PARTS == 1 ? (chunk + 2 * i) * 64 / GROUP : chunk * 64 / GROUP + i;
-            };
             unsigned char* const to = shared + slot * STAGE;
             Barrier* const at = filled + slot;
             const int teams = takes_part(TEAMS - 1, stage) ? TEAMS : TEAMS - 1;
-            barrier_expect(at, count * X_BYTES + teams * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
+            barrier_expect(at, count * X_BYTES + teams * Weights::bytes(chunk, chunks));
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
                 if (MIDDLE && t == teams) break;
-                const long long block = min(features_of(n_tile, t), N64 - 1);
-                copy_bulk(to + STAGE_WEIGHTS + t * SLICES * WEIGHT_BYTES, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
-                constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
-                for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
-                    const long long row = block * GROUPS + group_of(i);
-                    const int rows = JOINED ? groups : 1;
-                    copy_bulk(to + STAGE_SCALES + t * SLICES * SCALE_BYTES + i * 64 * sizeof(S), scales + row * 64, rows * 64 * sizeof(S), at);
-                    if constexpr (ZEROS) copy_bulk(to + STAGE_ZEROS + t * SLICES * ZERO_BYTES + i * 32, qzeros + row * 32, rows * 32, at);
-                }
+                Weights::copy(to + STAGE_WEIGHTS + t * SLICES * WEIGHT_BYTES, to + STAGE_SCALES + t * SLICES * SCALE_BYTES,
+                              to + STAGE_ZEROS + t * SLICES * ZERO_BYTES, qweight, scales, qzeros, features_of(n_tile, t), chunk, chunks, at);
             }
         };
         auto ask_x = [&] {

@@ -31,20 +31,17 @@
 #include "epilogue.cuh"
 #include "int4.cuh"
 #include "moments.cuh"
+#include "packed.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 #include "wgmma.cuh"
 
-static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
-static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
 static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
 static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
-constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64;
-constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
-// A unit is 128 input features: eight steps of the tensor cores, and the scales of PARTS groups. Up to TOGETHER parts are
-// summed apart at once, as registers allow.
-constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;
+using Weights = Packed<S, N, K, GROUP, ZEROS>;
+constexpr int K64 = Weights::K64, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
+// Of the groups of a unit up to TOGETHER are summed apart at once, as registers allow.
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
 constexpr int THREADS = 128 * TEAMS * SLICES;  // that compute; one more warp asks for the weights
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
@@ -58,7 +55,7 @@ constexpr int OWNED = 4 * TEAMS / CLUSTER, SOURCES = CLUSTER * SLICES;
 static_assert(OWNED * CLUSTER == 4 * TEAMS && (ACT != SILU_MUL || OWNED % 2 == 0), "a block owns whole strips, with silu_mul pairs");
 
 constexpr int X_BYTES = RANGE * TILE_M * 128;
-constexpr int WEIGHT_BYTES = 4096, SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * 32 : 0;  // of a unit
+constexpr int WEIGHT_BYTES = Weights::WEIGHT_BYTES, SCALE_BYTES = Weights::SCALE_BYTES, ZERO_BYTES = Weights::ZERO_BYTES;  // of a unit
 constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SLICES * SCALE_BYTES;
 constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
 constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
@@ -102,35 +99,21 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         auto ask_part = [&](int part) {
             constexpr int SPAN = APART ? 2 : SLICES * 2;
             const int chunk = begin + stage * SLICES * 2 + part * SPAN, chunks = max(min(SPAN, end - chunk), 0);
-            // Rows of scales: one a group, or one a unit where a group is longer. Of the last unit maybe only half is there.
-            const int groups = PARTS == 1 ? (chunks + 1) / 2 : min((chunks + 1) / 2 * PARTS, GROUPS - chunk * 64 / GROUP);
-            auto group_of = [&](int i) {
-                if constexpr (GROUP >= K) return 0;
-                else return PARTS == 1 ? (chunk + 2 * i) * 64 / GROUP : chunk * 64 / GROUP + i;
-            };
             Barrier* const at = filled + slot * RINGS + part;
             if (turn > 0) barrier_wait(used + slot * RINGS + part, (turn - 1) % 2);
             if (APART && chunks == 0) {
                 barrier_arrive(at);
                 return;
             }
-            barrier_expect(at, TEAMS * (chunks * 2048 + groups * (64 * static_cast<int>(sizeof(S)) + (ZEROS ? 32 : 0))));
+            barrier_expect(at, TEAMS * Weights::bytes(chunk, chunks));
+            unsigned char* const to = ring + slot * STAGE;
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
-                unsigned char* const weights = ring + slot * STAGE + (t * SLICES + part) * WEIGHT_BYTES;
-                unsigned char* const scale = ring + slot * STAGE + STAGE_SCALES + (t * SLICES + part) * SCALE_BYTES;
-                unsigned char* const zero = ring + slot * STAGE + STAGE_ZEROS + (t * SLICES + part) * ZERO_BYTES;
                 int in_n = tile_asked * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
                 if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
-                const long long block = min(in_n, N64 - 1);
-                copy_bulk(weights, qweight + (block * K64 + chunk) * 128, chunks * 2048, at);
-                constexpr bool JOINED = GROUP <= 128 && GROUP < K;  // rows of scales that follow each other
-                for (int i = 0; i < (JOINED ? 1 : groups); ++i) {
-                    const long long row = block * GROUPS + group_of(i);
-                    const int count = JOINED ? groups : 1;
-                    copy_bulk(scale + i * 64 * sizeof(S), scales + row * 64, count * 64 * sizeof(S), at);
-                    if constexpr (ZEROS) copy_bulk(zero + i * 32, qzeros + row * 32, count * 32, at);
-                }
+                const int unit = t * SLICES + part;
+                Weights::copy(to + unit * WEIGHT_BYTES, to + STAGE_SCALES + unit * SCALE_BYTES, to + STAGE_ZEROS + unit * ZERO_BYTES,
+                              qweight, scales, qzeros, in_n, chunk, chunks, at);
             }
         };
         auto ask = [&] {
