@@ -37,15 +37,19 @@ GATHER_US = 2.0
 after it starts later than after another product, so that few rows lose more."""
 Form = tuple[int, int, int, int, int, int]
 """Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, MIDDLE."""
-GEMM_FORMS = tuple(
-    (teams, slices, cluster, ways, 0)
-    for teams in (1, 2, 3, 4)
-    for slices in (1, 2, 3, 4)
-    for cluster, ways in ((1, 1), (2, 1), (2, 2))
-) + ((4, 1, 2, 1, 1),)
+GEMM_FORMS = (
+    *tuple(
+        (teams, slices, cluster, ways, 0)
+        for teams in (1, 2, 3, 4)
+        for slices in (1, 2, 3, 4)
+        for cluster, ways in ((1, 1), (2, 1), (2, 2))
+    ),
+    (4, 1, 2, 1, 1),
+)
 """What comes after TILE_M in the forms that are compared. Clusters of four lose: 30 of them run at once, of two 66."""
 UNIT_US = {
-    16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345), 256: (0.7, 0.65),
+    16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345),
+    256: (0.7, 0.65),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
 number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
@@ -239,7 +243,8 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "MIDDLE": middle,
-        "EARLY": int(tile > 16 and not middle), "FOLD": int(tile == 256), "AHEAD": ahead, "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
+        "EARLY": int(tile > 16 and not middle), "FOLD": int(tile == 256), "AHEAD": ahead, "PASS_M": rows,
+        "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0
     return start + slower * max(us, memory) + GATHER_US * spec.perm, config
