@@ -22,7 +22,7 @@ SWEEP = (1, 4, 16, 32, 64, 128, 256, 512)
 SHOWN = 10
 """Values shown beside their truth."""
 DEFAULTS = (32, 1024, 1024)
-"""M, N, K where none are given."""
+"""M, N, K where they are left out."""
 
 
 class Point(NamedTuple):
@@ -33,6 +33,7 @@ class Point(NamedTuple):
         us: device time, cold L2 (wall time on a CPU); ``None`` when it could not be timed, for ``why``.
         tflops: 2 M N K / us. gbps: the fewest bytes that must move / us.
         impossible: what the hardware can't do, so that the measurement must be wrong; ``""`` when all is well.
+        why: the reason there is no time, or why it has the host's gaps in it; else ``""``.
     """
 
     m: int
