@@ -66,8 +66,6 @@ class W4A16Case(Case):
     activation: str = ""
     residual: bool = False
     op: ClassVar[str] = "w4a16"
-    rounds_weights: ClassVar[bool] = False
-    """Whether a kernel is tested that multiplies the scale into a 16-bit weight."""
     function: str = field(default="w4a16_linear", init=False)
 
     def shape(self) -> dict[str, int]:
@@ -154,7 +152,7 @@ class W4A16Case(Case):
         if inputs.norm is not None:
             off = unit * x + 1e-6 * x.amax(-1, keepdim=True) + tiny if x.numel() else x
             error, x = off @ magnitude, x + off
-        roundings = self.rounds_weights * (1 + (self.scale_dtype not in (None, self.dtype)))  # and of the scale
+        roundings = (self.m > 128) * (1 + (self.scale_dtype not in (None, self.dtype)))  # and of the scale
         error = error + ((self.k / 64 + 16) * 2.0**-24 + roundings * unit) * (x @ magnitude)
         if not self.activation and inputs.residual is None:
             return unit * truth.abs() + error + 2.0**-25

@@ -36,7 +36,7 @@ GATHER_US = 2.0
 """With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long. What comes
 after it starts later than after another product, so that few rows lose more."""
 Form = tuple[int, int, int, int, int, int]
-"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, MIDDLE."""
+"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K."""
 GEMM_FORMS = (
     *tuple(
         (teams, slices, cluster, ways, 0)
@@ -44,15 +44,18 @@ GEMM_FORMS = (
         for slices in (1, 2, 3, 4)
         for cluster, ways in ((1, 1), (2, 1), (2, 2))
     ),
-    (4, 1, 2, 1, 1),
+    *tuple((teams, 1, cluster, 1, 1) for teams in (1, 2, 3, 4) for cluster in (1, 2)),
 )
-"""What comes after TILE_M in the forms that are compared. Clusters of four lose: 30 of them run at once, of two 66."""
+"""What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Clusters of four lose:
+30 of them run at once, of two 66."""
 UNIT_US = {
     16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345),
     256: (0.7, 0.65),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
 number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
+LEFT_US = (1.0, 0.004)
+"""us of a share of tiles that begins or ends within one, and of each row of 64 features that is left to another block."""
 GEMM_US = (3.6, 0.5, 0.5)
 """us of a call, of each turn of tiles, and of the exchange of sums in a turn. Long calls take up to a tenth longer: the
 GPU lowers its clock."""
@@ -207,7 +210,7 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         if shared <= hardware.shared_bytes:
             return {
                 "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
-                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(gathered), "APART": 0,
+                "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(gathered),
                 "BLOCKS": 3 if (slices, ahead, tile) == (2, 3, 8) else 1, "SHARED": shared,
             }  # fmt: skip
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
@@ -215,10 +218,10 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
 
 def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[str, int]] | None:
     """The predicted us of a form of ``gemm.cu``, and its constants; ``None`` where it can't be built."""
-    tile, teams, slices, cluster, ways, middle = form
+    tile, teams, slices, cluster, ways, stream_k = form
     pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
-    if (pairs and (teams % 2 or middle)) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
+    if (pairs and teams % 2) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
         return None
     if tile == 64 and warpgroups == 4 and (slices > 1 or ways > 1 or parts > 1):
         return None  # spills at 96 registers
@@ -226,25 +229,27 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     stages = math.ceil(of_block / slices)
     stage = slices * (2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros)))
     own, rows = tile // ways, {128: 32, 256: 8}.get(tile, 16)
-    rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16 + middle * tile * 128
+    rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16
     stage = math.ceil(stage / 1024) * 1024
     ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
     if ahead < min(3, stages) or (ways - 1) * of_block >= units:
         return None
-    across = math.ceil(spec.n / (64 * (teams * wide - middle)))
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
-    turns = math.ceil(math.ceil(spec.m / tile) * across / at_once)
+    turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * wide)) / at_once
+    turns = max(turns, 1 / stages) if stream_k else math.ceil(turns)
     start, turn, sums = GEMM_US
     # Each further group of a unit adds its sums up apart: by the count of instructions, a fused multiply-add a cycle. A
     # block of 128 rows that fetches all of x itself was 4 % slower.
     unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * tile * 0.00028
     unit *= 1.04 if tile == 128 and cluster == 1 else 1.0
-    us = turns * (stages * (warpgroups - middle / 2) * unit + turn + sums * (ways * slices + middle > 1))
+    us = turns * stages * warpgroups * unit + math.ceil(turns) * (turn + sums * (ways * slices > 1))
+    # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
+    us += stream_k * (LEFT_US[0] + LEFT_US[1] * tile * teams * max(1.0, 1 / turns))
     us *= 1 + 0.1 * us / (us + 600)
     memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
-        "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways, "MIDDLE": middle,
-        "EARLY": int(tile > 16 and not middle), "FOLD": int(tile == 256), "AHEAD": ahead, "PASS_M": rows,
+        "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,
+        "STREAM_K": stream_k, "EARLY": int(tile > 16), "AHEAD": ahead, "PASS_M": rows,
         "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0  # 12.0 to 12.4 us beside 11.3
@@ -265,7 +270,7 @@ def gemm_shapes(
         return f"group_size {size} is neither 16, 32, 64 nor a multiple of 128"
     if pairs and spec.n % 128:
         return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
-    tiles = [min(128, max(16, spec.m))] + ([64] if spec.m > 64 else [])
+    tiles = [min(128, max(16, spec.m))] + ([64] if spec.m > 64 else []) + ([256] if spec.m > 128 else [])
     forms = forms or tuple((t, *rest) for t in tiles for rest in GEMM_FORMS)
     built = [found for form in forms if (found := _gemm_form(spec, hardware, form))]
     return sorted(built, key=lambda found: found[0]) or "no form of it fits this GPU's registers and shared memory"

@@ -3,25 +3,29 @@
 //
 // Computes      y[m, n] = f(sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
 //               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is never rounded:
-//               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it
+//               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it. Only
+//               where TILE_M is 256 scale * (q - zero) is rounded to X, as a model in 16 bits has it
 // Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, 4, 32];
 //               scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X
-//               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; unused ones
-//               are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte
-//               aligned
+//               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; workspace:
+//               FLAG_BYTES of flags, zero before and after, and [blocks][TEAMS][4 warps][TILE_M / 8][32 lanes][4] float, with
+//               STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
+//               ceil(K / 64); all 16-byte aligned
 // Layout        formats/tiles.py has the diagram; x in shared memory as wgmma.cuh wants B
 // Mapping       grid x: clusters of CLUSTER blocks, which take every (gridDim.x / CLUSTER)-th tile, row tiles first, so that
 //               clusters side by side share weights in L2. A block has TILE_M rows by 64 * TEAMS output features. The blocks
 //               of a cluster have other features each, and fetch x for each other (WAYS = 1); or the same, and each a part of K
 //               (WAYS = CLUSTER). A warpgroup has 64 of the features, and every SLICES-th unit of 128 input features; one
-//               more warpgroup asks for the tiles
+//               more warpgroup asks for the tiles. With STREAM_K clusters first share the tiles of the last turns evenly, by
+//               units: whoever has the end of a tile adds what those before it have left in the workspace
 // Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
 //               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
-//               >= K; TILE_M: 16, 32, 64, 128; TEAMS, SLICES: together up to 4, of TILE_M 128 up to 2; CLUSTER: 1, 2, 4;
-//               WAYS: 1 or CLUSTER; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT: 0,
-//               FOLD: 0/1, the weight is rounded to X with its scale, as a model in 16 bits has it, and TILE_M may be 256;
-//               1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
+//               >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, from TILE_M 128 on up to 2; CLUSTER: 1,
+//               2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while the
+//               tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL,
+//               GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other
+//               warpgroup has features of up)
 // Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
@@ -29,6 +33,7 @@
 #include "copy.cuh"
 #include "dependent.cuh"
 #include "epilogue.cuh"
+#include "flag.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
 #include "packed.cuh"
@@ -43,10 +48,12 @@ static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <
 using Weights = Packed<S, N, K, GROUP, ZEROS>;
 constexpr int K64 = Weights::K64, UNITS = Weights::UNITS, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
+constexpr bool FOLD = TILE_M == 256;  // scales are multiplied into weights: two tiles' sums are more than there are registers
 constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
 // Scales that are multiplied into fp16 weights are made larger, so that weights down to 2^-20 keep all their bits.
 constexpr float LARGER = FOLD && same<X, half_t> ? 64.0f : 1.0f;
-static_assert(!FOLD || (EARLY && SLICES == 1 && MIDDLE == 0), "no sums of a unit that are not of the tile");
+static_assert(!FOLD || (EARLY && SLICES == 1), "no sums of a unit that are not of the tile");
+static_assert(!STREAM_K || (SLICES == 1 && WAYS == 1), "K is shared in one way");
 constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
 constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
@@ -55,10 +62,8 @@ constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
 constexpr int WIDE = CLUSTER / WAYS;
 static_assert(WAYS == 1 || WAYS == CLUSTER, "a cluster shares x or splits K");
 constexpr int SHARE_M = TILE_M / WIDE, OWN_M = TILE_M / WAYS, SOURCES = WAYS * SLICES;
-constexpr int CLUSTER_OUT = WIDE * BLOCK_OUT - 64 * MIDDLE, TILES_N = (N_OUT + CLUSTER_OUT - 1) / CLUSTER_OUT;
-static_assert(MIDDLE == 0 || (WIDE == 2 && SLICES == 1 && ACT != SILU_MUL && EARLY == 0 && TILE_M % 16 == 0), "two blocks share a team");
+constexpr int CLUSTER_OUT = WIDE * BLOCK_OUT, TILES_N = (N_OUT + CLUSTER_OUT - 1) / CLUSTER_OUT;
 constexpr int BLOCK_UNITS = (UNITS + WAYS - 1) / WAYS, STAGES = (BLOCK_UNITS + SLICES - 1) / SLICES;
-static_assert(WIDE == 1 || AHEAD <= STAGES, "a stage is waited for in the tile after it at the latest");
 static_assert(SHARE_M * WIDE == TILE_M && SHARE_M % 8 == 0 && OWN_M * WAYS == TILE_M && OWN_M % 8 == 0, "parts of 8 rows");
 static_assert((WAYS - 1) * BLOCK_UNITS < UNITS, "every block has a part of K");
 constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = Weights::WEIGHT_BYTES;  // of a unit
@@ -75,14 +80,17 @@ static_assert(WARPGROUPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODU
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
 constexpr int PASS = OWN_M < PASS_M ? OWN_M : PASS_M;  // rows of results at a time
 static_assert(OWN_M % PASS == 0, "passes of the same number of rows");
-constexpr int SUMS = MIDDLE ? 4 * TILE_M / 16 * 128 : (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats of others
+constexpr int SUMS = (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats of others
 constexpr int BYTES = AHEAD * STAGE + TEAMS * PASS * PAD * 4 + SUMS * 4 + 2 * AHEAD * 8 + 16;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
+constexpr int FLAG_BYTES = 16384;  // of the workspace
+
+struct Piece { int tile, from, upto; };  // stages of a tile
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ qweight, const S* __restrict__ scales,
             const unsigned char* __restrict__ qzeros, const X* __restrict__ bias, const X* __restrict__ residual,
-            X* __restrict__ y, long long rows) {
+            X* __restrict__ y, unsigned char* workspace, long long rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
     float* const results = reinterpret_cast<float*>(shared + AHEAD * STAGE);
     float* const sums = results + TEAMS * PASS * PAD;  // [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4]
@@ -102,21 +110,33 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WIDE * THREADS / 32);
-        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4), barrier_init(taken, MIDDLE ? 8 : WAYS * TEAMS * 4);
+        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4), barrier_init(taken, WAYS * TEAMS * 4);
         barrier_init_done();
     }
     __syncthreads();
     if constexpr (CLUSTER > 1) cluster_arrive();  // this block's barriers are there
 
-    // The 64 features of N of a warpgroup; with silu_mul of its two halves in turn. The blocks of a cluster may share the team
-    // in the middle: the one has the first half of K for it, the other the second.
+    // The work of this worker, piece after piece: tiles, or first a share of the last turns' tiles, which all workers have as
+    // many stages of. Of these the last comes first: who has the end of a tile then finds what others have of it there, and
+    // waits only for blocks that were scheduled before it.
+    const int shared_tiles = !STREAM_K || tiles % workers == 0 ? 0 : tiles < workers ? tiles : tiles % workers + workers;
+    auto share_of = [&](int w) { return w * (shared_tiles * STAGES) / workers; };  // where the share of a worker begins
+    const int begins = STREAM_K ? share_of(worker) : 0, ends = STREAM_K ? share_of(worker + 1) : 0;
+    const int pieces_shared = begins < ends ? (ends - 1) / STAGES - begins / STAGES + 1 : 0;
+    const int whole = (tiles - shared_tiles - worker + workers - 1) / workers;  // tiles of its own
+    const int all = ends - begins + whole * stages;
+    auto piece_of = [&](int i) {
+        if (!STREAM_K || i >= pieces_shared) return Piece{shared_tiles + (i - pieces_shared) * workers + worker, 0, stages};
+        const int tile = (ends - 1) / STAGES - i;
+        return Piece{tile, max(begins - tile * STAGES, 0), min(ends - tile * STAGES, STAGES)};
+    };
+
+    // The 64 features of N of a warpgroup; with silu_mul of its two halves in turn.
     auto features_of = [&](int tile_n, int t) {
-        if constexpr (MIDDLE) return tile_n * (2 * TEAMS - 1) + (rank == 0 || t == TEAMS - 1 ? t : TEAMS + t);
         const int at = (tile_n * WIDE + wide_rank) * TEAMS + t;
         if constexpr (ACT == SILU_MUL) return min(at / 2, N / 128 - 1) + at % 2 * (N / 128);
         return at;
     };
-    auto takes_part = [&](int t, int stage) { return MIDDLE == 0 || t < TEAMS - 1 || (stage < STAGES / 2) == (rank == 0); };
 
     // The last warpgroup asks for everything: weights before the previous kernel is complete, x after.
     if (slice == SLICES) {
@@ -125,23 +145,26 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             if constexpr (CLUSTER > 1) cluster_wait();
             return;
         }
-        int tile, stage, slot, turn, n_tile, row;  // of what is asked for next
-        auto turn_to = [&](int to) { tile = to, n_tile = to / tiles_m, row = to % tiles_m * TILE_M + wide_rank * SHARE_M; };
-        auto begin = [&] { turn_to(worker), stage = slot = turn = 0; };
+        int piece, stage, upto, n_tile, row, slot, turn, asked;  // of what is asked for next
+        auto turn_to = [&](int i) {
+            const Piece next = piece_of(i);
+            piece = i, stage = next.from, upto = next.upto;
+            n_tile = next.tile / tiles_m, row = next.tile % tiles_m * TILE_M + wide_rank * SHARE_M;
+        };
+        auto begin = [&] { turn_to(0), slot = turn = asked = 0; };
         auto next = [&] {
-            if (++stage == stages) stage = 0, turn_to(tile + workers);
+            if (++stage == upto) turn_to(piece + 1);
             if (++slot == AHEAD) slot = 0, ++turn;
+            ++asked;
         };
         auto ask_weights = [&] {
             const int count = min(SLICES, units - stage * SLICES), chunk = (first_unit + stage * SLICES) * 2;
             const int chunks = min(2 * count, K64 - chunk);
             unsigned char* const to = shared + slot * STAGE;
             Barrier* const at = filled + slot;
-            const int teams = takes_part(TEAMS - 1, stage) ? TEAMS : TEAMS - 1;
-            barrier_expect(at, count * X_BYTES + teams * Weights::bytes(chunk, chunks));
+            barrier_expect(at, count * X_BYTES + TEAMS * Weights::bytes(chunk, chunks));
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
-                if (MIDDLE && t == teams) break;
                 Weights::copy(to + STAGE_WEIGHTS + t * SLICES * WEIGHT_BYTES, to + STAGE_SCALES + t * SLICES * SCALE_BYTES,
                               to + STAGE_ZEROS + t * SLICES * ZERO_BYTES, qweight, scales, qzeros, features_of(n_tile, t), chunk, chunks, at);
             }
@@ -160,16 +183,15 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         const bool asks = elected();
         begin();
         if (asks)
-            for (; turn == 0 && tile < tiles; next()) ask_weights();
+            for (; asked < min(AHEAD, all); next()) ask_weights();
         __syncwarp();
         if constexpr (CLUSTER > 1) cluster_wait();  // all blocks' are
         if (!asks) return;
         wait_for_previous();
         allow_next();
-        const int upto = turn * AHEAD + slot;
         begin();
-        for (int i = 0; i < upto; ++i, next()) ask_x();
-        for (; tile < tiles; next()) {
+        for (; asked < min(AHEAD, all); next()) ask_x();
+        for (; asked < all; next()) {
             barrier_wait(used + slot, (turn - 1) % 2);
             ask_weights();
             ask_x();
@@ -188,7 +210,6 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     int slot = 0, turn = 0, step = 0;
     auto expect = [&] {
         if (SOURCES > 1 && threadIdx.x == 0) barrier_expect(summed, (WAYS - 1) * SLICES * TEAMS * 4 * (OWN_M / 8) * 512);
-        if (MIDDLE && threadIdx.x == 128 * (TEAMS - 1)) barrier_expect(summed, SUMS * 4);
     };
     expect();
     // Weights are unpacked a batch of steps ahead of the tensor cores, into the registers that they no longer read.
@@ -216,49 +237,47 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             }
         }
     };
-    if (EARLY && worker < tiles) barrier_wait(filled, 0), unpack(0, 0);
-    for (int tile = worker; tile < tiles; tile += workers) {
+    if (EARLY && all > 0) barrier_wait(filled, 0), unpack(0, 0);
+    int done = 0;  // stages
+    for (int piece = 0; done < all; ++piece) {
+        const Piece now_of = piece_of(piece);
+        const int tile = now_of.tile, from = now_of.from, upto = now_of.upto;
         float total[TILE_M / 2];
 #pragma unroll
         for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
 #pragma unroll 1
-        for (int stage = 0; stage < stages; ++stage) {
+        for (int stage = from; stage < upto; ++stage) {
             const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
-            const bool last = stage + 1 == stages && tile + workers >= tiles;
+            const bool last = ++done == all;
             const int now = slot;
             if (!EARLY) barrier_wait(filled + slot, turn);
             if (++slot == AHEAD) slot = 0, turn ^= 1;
             // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
-            auto release = [&](int slot_read, int stage_read) {
-                const bool awaited = tile + workers < tiles || stage_read + AHEAD < stages;
+            auto release = [&](int slot_read, int number) {
                 if (WIDE == 1 && lane == 0) barrier_arrive(used + slot_read);
-                if (WIDE > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot_read, lane);
+                if (WIDE > 1 && lane < CLUSTER && number + AHEAD <= all) barrier_arrive(used + slot_read, lane);
             };
-            if (MIDDLE && !takes_part(team, stage)) {
-                release(now, stage);
-                continue;
-            }
             if constexpr (FOLD) {  // the tensor cores add up all of K; a stage has been read when the next one's first products wait
 #pragma unroll
                 for (int batch = 0; batch < 2; ++batch) {
                     wgmma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        wgmma_add<X>(total, a[batch][i], x_unit + (batch * TILE_M * 128 + i * 32) / 16, stage + batch + i);
+                        wgmma_add<X>(total, a[batch][i], x_unit + (batch * TILE_M * 128 + i * 32) / 16, stage - from + batch + i);
                     wgmma_commit();
                     if (batch == 1 && !last) barrier_wait(filled + slot, turn);
                     wgmma_wait<1>();
                     if (batch == 0) {
-                        if (stage > 0) release((now == 0 ? AHEAD : now) - 1, stage - 1);
+                        if (stage > from) release((now == 0 ? AHEAD : now) - 1, done - 1);
                         unpack(at, 1, K64 % 2 != 0 && unit * 2 + 1 >= K64);
                     } else if (!last) {
                         unpack(slot * STAGE, 0);
                     }
                 }
-                if (stage + 1 < stages) continue;
+                if (stage + 1 < upto) continue;
                 wgmma_wait<0>();
-                release(now, stage);
+                release(now, done);
                 arrived(total);
 #pragma unroll
                 for (int i = 0; i < TILE_M / 2; ++i) total[i] *= 1.0f / LARGER;
@@ -294,7 +313,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 }
                 if (!sums) continue;
                 wgmma_wait<0>();
-                if (ends) release(now, stage);  // all of the stage has been read: weights to registers, x by products that are complete
+                if (ends) release(now, done);  // all of the stage has been read: weights to registers, x by products that are complete
                 const bool there = SLICES == 1 || stage * SLICES + slice < units;  // or what the ring had there before
 #pragma unroll
                 for (int p = 0; p < TOGETHER; ++p) {
@@ -425,37 +444,45 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 if (lane == 0) barrier_arrive(summed);
             } else {
                 barrier_wait(summed, step % 2);
-                if (tile + workers < tiles) expect();
+                if (done < all) expect();
 #pragma unroll
                 for (int source = 0; source < SOURCES - 1; ++source)
                     add_part(own, sums + ((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) * 128 + lane * 4, OWN_M / 8);
                 __syncwarp();
-                if (tile + workers < tiles && lane < WAYS) barrier_arrive(taken, lane);
+                if (done < all && lane < WAYS) barrier_arrive(taken, lane);
                 store(own, rank_k * OWN_M);
             }
             ++step;
-        } else if constexpr (MIDDLE) {
-            if (team < TEAMS - 1) {
-                store(total, 0);
-            } else {
-                constexpr int HALF = TILE_M / 2;  // rows that a block owns
-                float own[HALF / 2];
-                float* const there = sums + strip * (HALF / 8) * 128 + lane * 4;
+        } else if (STREAM_K && (from > 0 || upto < STAGES)) {
+            // A block leaves the beginning of a tile to the block that has its end. Warp by warp: a fragment is one warp's.
+            const int warp = uniform(index / 32);
+            auto left_by = [&](int block) {
+                return reinterpret_cast<float*>(workspace + FLAG_BYTES) + (block * (TEAMS * 4) + warp) * (TILE_M / 8 * 128) + lane * 4;
+            };
+            auto flag_of = [&](int block) { return reinterpret_cast<unsigned*>(workspace) + block * (TEAMS * 4) + warp; };
+            if (upto < STAGES) {
+                float* const to = left_by(blockIdx.x);
 #pragma unroll
-                for (int i = 0; i < HALF / 2; ++i) {
-                    const float first = total[i], second = total[HALF / 2 + i];
-                    own[i] = rank == 0 ? first : second, total[i] = rank == 0 ? second : first;
-                }
-                if (step > 0) barrier_wait(taken, (step - 1) % 2);
-                send_part(total, there, HALF / 8, 1 - rank);
-                barrier_wait(summed, step % 2);
-                if (tile + workers < tiles) expect();
-                add_part(own, there, HALF / 8);
+                for (int i = 0; i < TILE_M / 8; ++i)
+                    *reinterpret_cast<float4*>(to + i * 128) = float4{total[i * 4], total[i * 4 + 1], total[i * 4 + 2], total[i * 4 + 3]};
                 __syncwarp();
-                if (tile + workers < tiles && lane < 2) barrier_arrive(taken, lane);
-                store(own, rank * HALF);
+                if (lane == 0) raise_flag(flag_of(blockIdx.x));
+            } else {
+                for (int other = worker - 1; from > 0; --other) {
+                    const int block = other * CLUSTER + rank;
+                    wait_for_flag(flag_of(block));
+                    const float* const more = left_by(block);
+#pragma unroll
+                    for (int i = 0; i < TILE_M / 8; ++i) {
+                        const float4 v = load_of_other(more + i * 128);
+                        total[i * 4] += v.x, total[i * 4 + 1] += v.y, total[i * 4 + 2] += v.z, total[i * 4 + 3] += v.w;
+                    }
+                    __syncwarp();
+                    if (lane == 0) lower_flag(flag_of(block));
+                    if (share_of(other) <= tile * STAGES) break;
+                }
+                store(total, 0);
             }
-            ++step;
         } else {
             store(total, 0);
         }

@@ -14,7 +14,7 @@ from nybble.formats.tiles import PackedWeight
 from nybble.ops.norm import op as norms
 from nybble.ops.register import eager, register
 from nybble.ops.w4a16 import cost, reference
-from nybble.runtime import hardware, tuned
+from nybble.runtime import hardware, tuned, workspace
 from nybble.runtime.build import compile_kernel
 from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.errors import wrong_type, wrong_value
@@ -26,7 +26,7 @@ NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
 KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "gemm", "stream")}
-PARAMETERS = {"mma": "8q", "wgmma": "11qd", "gemm": f"{MAP}7q", "stream": "11qd", "gather": "4q"}
+PARAMETERS = {"mma": "8q", "wgmma": "11qd", "gemm": f"{MAP}8q", "stream": "11qd", "gather": "4q"}
 GATHER, GATHER_THREADS = PACKAGE / "ops" / "w4a16" / "gather.cu", 128
 
 _INF = float("inf")
@@ -78,6 +78,7 @@ class Ready(NamedTuple):
         variant: which kernel file it is. plan: the kernel.
         tile_m: rows a block. across: blocks, of ``gemm.cu`` clusters' tiles, side by side along the output features.
         most: clusters of ``gemm.cu`` that run at once. share: rows of x that each of its blocks fetches at a time.
+        left: with stream-K, bytes of the workspace in which blocks leave sums for others; else 0.
         gather: for act-order, the kernel that brings the activations into the weight's order before the product.
         templates: for each shape of x one element, expanded to the shape of the output. `empty_like` of that takes
             half the host time of `new_empty` with a shape, 0.6 us.
@@ -90,6 +91,7 @@ class Ready(NamedTuple):
     across: int
     most: int
     share: int
+    left: int
     gather: Plan | None
     templates: dict[tuple[int, ...], Tensor]
     maps: dict[tuple[int, int], bytes]
@@ -318,7 +320,7 @@ def _launch(
             x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation,
             split1=split1, split2=split2,
         )  # fmt: skip
-    kernel, plan, tile_m, across, most, share, gather, templates, maps = ready
+    kernel, plan, tile_m, across, most, share, left, gather, templates, maps = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
     template = templates.get(shape)
@@ -352,9 +354,10 @@ def _launch(
                 maps.clear()
             encoded = maps[place] = plan.tensor_map(x, rows, share)
         plan.launch(
-            (min(down * across, most) * plan.cluster, 1, 1),
+            ((most if left else min(down * across, most)) * plan.cluster, 1, 1),
             encoded, qweight.data_ptr(), scales.data_ptr(), zeros, added,
-            0 if residual is None else residual.data_ptr(), y.data_ptr(), rows, alone=alone,
+            0 if residual is None else residual.data_ptr(), y.data_ptr(),
+            workspace.address(device, left) if left else 0, rows, alone=alone,
         )  # fmt: skip
         return y
     arguments = (
@@ -439,7 +442,7 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     binary, config = compile_kernel(source(spec, chosen), card.arch), dict(chosen.config)
     if chosen.variant == "mma":
         plan = Plan(binary, PARAMETERS["mma"], device=device, threads=128 * config["SLICES"])
-        return Ready("mma", plan, config["TILE_M"], -(-spec.n // 64), 0, 0, None, {}, {})
+        return Ready("mma", plan, config["TILE_M"], -(-spec.n // 64), 0, 0, 0, None, {}, {})
     cluster = config.get("CLUSTER", 1)
     if chosen.variant == "stream":
         features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
@@ -465,9 +468,11 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     if chosen.variant == "gemm":
         wide = cluster // config["WAYS"]
         tile_m, most = config["TILE_M"], plan.clusters_at_once()
-        across = -(-spec.n // (features * wide - 64 * config["MIDDLE"]))
-        return Ready("gemm", plan, tile_m, across, most, tile_m // wide, gather, {}, {})
-    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, gather, {}, {})
+        across, left = -(-spec.n // (features * wide)), 0
+        if config["STREAM_K"]:
+            left = workspace.FLAG_BYTES + most * cluster * features * tile_m * 4
+        return Ready("gemm", plan, tile_m, across, most, tile_m // wide, left, gather, {}, {})
+    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, 0, gather, {}, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out

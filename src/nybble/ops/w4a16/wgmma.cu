@@ -19,9 +19,9 @@
 //               [TILE_M][4] of rows; barriers
 // Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
-//               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2; APART: 0/1, slices wait for their own units; BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL:
-//               0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a
-//               multiple of 128, TEAMS even: every other warpgroup has features of up)
+//               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2;
+//               BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL: 0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0,
+//               1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
 // Roof          N * K / 2 bytes of weights up to about 32 rows; beyond, the exchange of sums
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
@@ -60,10 +60,9 @@ constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_
 constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
 constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
 constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? (CLUSTER * MOMENT_ROWS + TILE_M) * 4 : 0;  // floats
-constexpr int RINGS = APART ? SLICES : 1;  // parts of a stage that are waited for one by one
 constexpr bool GATHER = PERM && !GATHERED;  // one row of x, in the order of perm
 constexpr int ROW_BYTES = GATHER ? (K * 2 + 15) / 16 * 16 : 0;
-constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + ROW_BYTES + (2 * AHEAD * RINGS + 2 * BUFFERS + 1) * 8;
+constexpr int BYTES = X_BYTES + AHEAD * STAGE + (BUFFERS * SUMS + MOMENTS) * 4 + ROW_BYTES + (2 * AHEAD + 2 * BUFFERS + 1) * 8;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
@@ -78,8 +77,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     float* const moments = all_sums + BUFFERS * SUMS;
     X* const whole = reinterpret_cast<X*>(moments + MOMENTS);  // a row of x before it is gathered
     Barrier* const filled = reinterpret_cast<Barrier*>(moments + MOMENTS + ROW_BYTES / 4);  // a stage of the ring
-    Barrier* const used = filled + AHEAD * RINGS;
-    Barrier* const summed = used + AHEAD * RINGS;  // a step's sums
+    Barrier* const used = filled + AHEAD;
+    Barrier* const summed = used + AHEAD;  // a step's sums
     Barrier* const stored = summed + BUFFERS;
     Barrier* const measured = stored + BUFFERS;
 
@@ -95,37 +94,25 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     // Phase 1: one warp asks for all weights, AHEAD stages of them before anything is waited for: no kernel writes them.
     if (warp == THREADS / 32) {
         int tile_asked = worker, stage = 0, slot = 0, turn = 0;
-        // One part of a stage: all of it, or APART a slice's unit, which may not be there in the last stage.
-        auto ask_part = [&](int part) {
-            constexpr int SPAN = APART ? 2 : SLICES * 2;
-            const int chunk = begin + stage * SLICES * 2 + part * SPAN, chunks = max(min(SPAN, end - chunk), 0);
-            Barrier* const at = filled + slot * RINGS + part;
-            if (turn > 0) barrier_wait(used + slot * RINGS + part, (turn - 1) % 2);
-            if (APART && chunks == 0) {
-                barrier_arrive(at);
-                return;
-            }
+        auto ask = [&] {
+            const int chunk = begin + stage * SLICES * 2, chunks = min(SLICES * 2, end - chunk);
+            Barrier* const at = filled + slot;
             barrier_expect(at, TEAMS * Weights::bytes(chunk, chunks));
             unsigned char* const to = ring + slot * STAGE;
 #pragma unroll
             for (int t = 0; t < TEAMS; ++t) {
                 int in_n = tile_asked * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
                 if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
-                const int unit = t * SLICES + part;
-                Weights::copy(to + unit * WEIGHT_BYTES, to + STAGE_SCALES + unit * SCALE_BYTES, to + STAGE_ZEROS + unit * ZERO_BYTES,
-                              qweight, scales, qzeros, in_n, chunk, chunks, at);
+                Weights::copy(to + t * SLICES * WEIGHT_BYTES, to + STAGE_SCALES + t * SLICES * SCALE_BYTES,
+                              to + STAGE_ZEROS + t * SLICES * ZERO_BYTES, qweight, scales, qzeros, in_n, chunk, chunks, at);
             }
-        };
-        auto ask = [&] {
-#pragma unroll
-            for (int part = 0; part < RINGS; ++part) ask_part(part);
             if (++slot == AHEAD) slot = 0, ++turn;
             if (++stage == stages) stage = 0, tile_asked += workers;
         };
         const bool asks = elected();
         if (asks) {
 #pragma unroll
-            for (int i = 0; i < AHEAD * RINGS; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32 / RINGS);
+            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
 #pragma unroll
             for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * THREADS / 32);
             barrier_init(measured, 1);
@@ -136,7 +123,10 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         cluster_arrive();
         cluster_wait();
         if (asks && units > 0)
-            while (tile_asked < TILES) ask();
+            while (tile_asked < TILES) {
+                barrier_wait(used + slot, (turn - 1) % 2);
+                ask();
+            }
         return;
     }
     for (int i = threadIdx.x; i < TILE_M * RANGE; i += THREADS) {
@@ -339,8 +329,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
             const int unit = stage * SLICES + slice, at = slot * STAGE;
-            const int ring_slot = slot * RINGS + (APART ? slice : 0);
-            barrier_wait(filled + ring_slot, turn);
+            barrier_wait(filled + slot, turn);
             if (unit < units) {
                 const unsigned x_unit = x_rows + unit * (2 * TILE_M * 128 / 16);
                 const uint4 low = *reinterpret_cast<const uint4*>(my_weights + at);
@@ -377,7 +366,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                                          x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
                     }
                     wgmma_commit();
-                    if (first == 0 && lane == 0) barrier_arrive(used + ring_slot);  // this warp has read the stage
+                    if (first == 0 && lane == 0) barrier_arrive(used + slot);  // this warp has read the stage
                     wgmma_wait<0>();
 #pragma unroll
                     for (int p = 0; p < TOGETHER; ++p) {
@@ -387,7 +376,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                     }
                 }
             } else if (lane == 0) {
-                barrier_arrive(used + ring_slot);
+                barrier_arrive(used + slot);
             }
             if (++slot == AHEAD) slot = 0, turn ^= 1;
         }
