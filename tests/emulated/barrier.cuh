@@ -34,6 +34,7 @@ static void barrier_arrive(Barrier* at, int rank) {
 static void barrier_arrive(Barrier* at) { barrier_arrive(at, self->block->rank); }
 static void barrier_wait(Barrier* at, int parity) {
     while (phases(at).phase % 2 == parity) swapcontext(&self->context, &scheduler);
+    moved = true;
 }
 static void send(float* to, float a, float b, float c, float d, Barrier* at, int rank) {
     const size_t address = __cvta_generic_to_shared(to);

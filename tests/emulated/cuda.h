@@ -52,6 +52,7 @@ static Fiber* self;
 static ucontext_t scheduler;
 static Dim grid;
 
+static bool moved;  // whether a thread went on since this was last asked
 [[noreturn]] static void fail(const char* what) {
     std::fprintf(stderr, "emulated kernel: %s\n", what);
     std::abort();
@@ -63,6 +64,7 @@ static void wait_at(Meeting& barrier, int threads) {
         ++barrier.turn;
     } else {
         while (barrier.turn == turn) swapcontext(&self->context, &scheduler);
+        moved = true;
     }
 }
 static Warp& warp_of() { return self->block->warps[self->warp]; }

@@ -7,7 +7,7 @@ struct Argument {
 static void** argument;
 static void start() {
     CALL;
-    self->done = true;
+    self->done = moved = true;
     swapcontext(&self->context, &scheduler);
 }
 
@@ -38,12 +38,15 @@ extern "C" void launch(const int* grid_size, int threads, int shared_bytes, int 
                     fiber.context.uc_stack.ss_size = fiber.stack.size();
                     makecontext(&fiber.context, start, 0);
                 }
-                for (int left = cluster.threads; left > 0;)
+                for (int left = cluster.threads; left > 0;) {
+                    moved = false;
                     for (Fiber& fiber : fibers)
                         if (!fiber.done) {
                             self = &fiber;
                             swapcontext(&scheduler, &fiber.context);
                             left -= fiber.done;
                         }
+                    if (!moved) fail("all threads wait for each other");
+                }
             }
 }

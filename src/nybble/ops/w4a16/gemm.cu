@@ -449,7 +449,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 for (int source = 0; source < SOURCES - 1; ++source)
                     add_part(own, sums + ((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) * 128 + lane * 4, OWN_M / 8);
                 __syncwarp();
-                if (done < all && lane < WAYS) barrier_arrive(taken, lane);
+                if (done < all && WAYS > 1 && lane < WAYS) barrier_arrive(taken, lane);
+                if (done < all && WAYS == 1 && lane == 0) barrier_arrive(taken);
                 store(own, rank_k * OWN_M);
             }
             ++step;
