@@ -64,8 +64,8 @@ static void wait_at(Meeting& barrier, int threads) {
         ++barrier.turn;
     } else {
         while (barrier.turn == turn) swapcontext(&self->context, &scheduler);
-        moved = true;
     }
+    moved = true;
 }
 static Warp& warp_of() { return self->block->warps[self->warp]; }
 static void warp_barrier() { wait_at(warp_of().barrier, 32); }
