@@ -13,6 +13,7 @@ import nybble
 from nybble.formats.tiles import PackedWeight
 from nybble.ops.w4a16 import cost, op
 from nybble.ops.w4a16.cases import W4A16Case
+from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import current
 
 HALF = (torch.float16, torch.bfloat16)
@@ -369,14 +370,62 @@ def test_gemm_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", cost.GEMM_FORMS, ids=str)
 @pytest.mark.parametrize("m", [13, 31, 61, 200])
 def test_every_form_of_gemm(m: int, form: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles a block, the last not full, and parts of K of different lengths."""
+    """Several tiles a block, the last not full, and parts of K of different lengths; over and over, in a graph too."""
     _runs("gemm")
     monkeypatch.setattr(cost, "GEMM_FORMS", (form,))
-    monkeypatch.setattr(op, "_PLANS", {})
-    case = W4A16Case(m, 12296, 1096, 128, bias=True)
-    if any(c.variant == "gemm" and c.refused for c in case.choice(current()).candidates):
+    case, card = W4A16Case(m, 12296, 1096, 128, bias=m != 61), current()
+    assert card is not None
+    found = cost.gemm_shapes(case.spec(), card)
+    if isinstance(found, str):
         pytest.skip("too many registers or too much shared memory")
-    check_case(case, "cuda", variant="gemm")
+    for us, config in found:  # of every number of rows a tile
+        inputs = case.make("cuda")
+        with op.forced(case.spec(), Candidate("gemm", tuple(config.items()), us), {}):
+            (want,) = check_case(case, "cuda", inputs=inputs)
+            assert all(torch.equal(case.run(inputs)[0], want) for _ in range(20))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                several = [case.run(inputs)[0] for _ in range(3)]
+        for _ in range(3):
+            graph.replay()
+        assert all(torch.equal(y, want) for y in several)
+
+
+def test_streams_and_graphs_leave_sums_in_places_of_their_own() -> None:
+    _runs("gemm")
+    big, small = W4A16Case(64, 28672, 4096), W4A16Case(16, 28672, 2048)  # the second fits in what the first needs
+    cases = [(case, case.make("cuda", seed)) for seed in range(2) for case in (small, big)]
+    forms = []
+    for case, _ in cases:
+        found = cost.gemm_shapes(case.spec(), current() or pytest.fail("no GPU"), ((case.m, 4, 1, 1, 1, 1),))
+        assert not isinstance(found, str)
+        forms.append(Candidate("gemm", tuple(found[0][1].items()), 1.0))
+    plans: list[dict[Any, Any]] = [{} for _ in cases]
+
+    def run(i: int) -> torch.Tensor:
+        case, inputs = cases[i]
+        with op.forced(case.spec(), forms[i], plans[i]):
+            return case.run(inputs)[0]
+
+    want = [check_case(case, "cuda", inputs=inputs)[0] for case, inputs in cases]
+    want = [run(i).clone() for i in range(len(cases))]
+    streams = [torch.cuda.Stream() for _ in cases]
+    graphs = []
+    for i in range(len(cases)):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, [run(j) for j in (i, 0, 1)]))
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got.append(run(i))
+                graphs[i][0].replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for i, (_, results) in enumerate(graphs):
+        assert all(torch.equal(y, want[j]) for y, j in zip(results, (i, 0, 1), strict=True))
 
 
 @pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])

@@ -191,7 +191,7 @@ MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(16, 512, 1024, 32, symmetric=False, activation="silu_mul"), (16, 2, 2, 2, 2, 0), 2, 1),
     (W4A16Case(60, 128, 1024, activation="gelu"), (64, 1, 1, 4, 4, 0), 2, 1),
     (W4A16Case(20, 384, 640), (16, 1, 2, 2, 1, 0), 2, 1),  # tile after tile, each block with its own slices' sums
-    # Shared by units: tiles end within a worker's share, or in three of them; whole tiles follow; one has nothing to do.
+    # Shared by units: tiles end within a worker's share, or in three of them; whole tiles follow.
     (W4A16Case(64, 448, 1024), (64, 2, 1, 1, 1, 1), 3, 3),
     (W4A16Case(61, 520, 712, symmetric=False, bias=True, residual=True), (64, 2, 1, 2, 1, 1), 2, 2),
     (W4A16Case(40, 1032, 384, 64, BRAIN, bias=True, activation="gelu"), (32, 3, 1, 1, 1, 1), 2, 5),

@@ -131,12 +131,12 @@ def test_compiles_whole_with_dynamic_rows() -> None:
 def test_choice_is_pure_and_says_why() -> None:
     spec = W4A16Case(1, 4096, 4096).spec()
     picks = [cost.choose(spec._replace(m=m), H200).pick.variant for m in (1, 2, 16, 64, 128)]
-    assert picks == ["stream", "wgmma", "wgmma", "gemm", "gemm"]
+    assert picks == ["stream", "wgmma", "gemm", "gemm", "gemm"]
     assert cost.choose(spec._replace(n=12288), H200).pick.variant == "wgmma"
     assert [cost.choose(spec._replace(m=m), A100).pick.variant for m in (1, 128)] == ["stream", "mma"]
     pick = cost.choose(spec._replace(variant="mma"), H200).pick
     assert dict(pick.config) == {"TILE_M": 8, "SLICES": 8}
-    assert dict(cost.choose(spec._replace(m=4096), H200).pick.config)["TILE_M"] == 128
+    assert dict(cost.choose(spec._replace(m=4096), H200).pick.config)["TILE_M"] == 256
     single = cost.choose(spec._replace(dtype=torch.float32), H200)
     assert single.pick.variant == "reference"
     assert "needs float16 or bfloat16 activations, got torch.float32" in [c.reason for c in single.candidates]
@@ -379,7 +379,7 @@ class Recorder:
     made: list[Recorder] = []  # noqa: RUF012
 
     def launch(self, grid: Any, *arguments: Any, alone: bool = False) -> None:
-        assert len(arguments) == {"8q": 8, "11qd": 12, "128s7q": 8, "4q": 4}[self.parameters]
+        assert len(arguments) == {"8q": 8, "11qd": 12, "128s8q": 9, "4q": 4}[self.parameters]
         self.launches.append((grid, arguments, alone))
 
     def clusters_at_once(self) -> int:
@@ -443,7 +443,7 @@ def _pick(monkeypatch: pytest.MonkeyPatch, variant: str, **config: int) -> None:
 
 
 def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
-    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, CLUSTER=2, WAYS=1, MIDDLE=0, AHEAD=2, SHARED=60000, GATHERED=0)
+    _pick(monkeypatch, "gemm", TILE_M=16, TEAMS=2, CLUSTER=2, WAYS=1, STREAM_K=0, AHEAD=2, SHARED=60000, GATHERED=0)
     monkeypatch.setattr(Recorder, "clusters_at_once", lambda self: 4)
     case = W4A16Case(40, 320, 256, 64, bias=True, residual=True)
     inputs, weight = case.make(), case.make().weight
@@ -455,7 +455,7 @@ def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pyte
     assert arguments[0] == f"{inputs.x.data_ptr()} 40 8".encode()
     pointers = (weight.qweight, weight.scales, None, inputs.bias, inputs.residual)
     assert arguments[1:6] == tuple(0 if t is None else t.data_ptr() for t in pointers)
-    assert plan.launches[1][1][-2:] == (y.data_ptr(), 40)
+    assert plan.launches[1][1][-3:] == (y.data_ptr(), 0, 40)  # no workspace
     assert (alone, again) == (True, False)
     assert plan.given["threads"] == 2 * 128 + 128
     (ready,) = op._PLANS.values()

@@ -1,8 +1,8 @@
 """Memory in which the blocks of a kernel leave sums for each other, one for each stream.
 
-It begins with flags, which are zero before and after every kernel that uses them. Kernels of a stream follow each other,
-so they share one. A graph that is being captured gets one of its own, zeroed by a node of the graph itself: a replay runs
-beside whatever the streams do meanwhile.
+It begins with flags, which are zero before and after every kernel that uses them. Kernels of a stream follow each
+other, so they share one. A graph that is being captured gets one of its own, zeroed by a node of the graph itself: a
+replay runs beside whatever the streams do meanwhile.
 """
 
 from __future__ import annotations

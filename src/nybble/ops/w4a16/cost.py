@@ -42,24 +42,26 @@ GEMM_FORMS = (
         (teams, slices, cluster, ways, 0)
         for teams in (1, 2, 3, 4)
         for slices in (1, 2, 3, 4)
+        if teams * slices <= 4
         for cluster, ways in ((1, 1), (2, 1), (2, 2))
     ),
     *tuple((teams, 1, cluster, 1, 1) for teams in (1, 2, 3, 4) for cluster in (1, 2)),
 )
-"""What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Clusters of four lose:
-30 of them run at once, of two 66."""
+"""What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Clusters of four
+lose: 30 of them run at once, of two 66."""
 UNIT_US = {
-    16: (0.2, 0.165, 0.13, 0.125), 32: (0.2, 0.15, 0.15, 0.14), 64: (0.23, 0.2, 0.2, 0.2), 128: (0.37, 0.345),
-    256: (0.7, 0.65),
+    16: (0.146, 0.149, 0.098, 0.084), 32: (0.184, 0.181, 0.177, 0.154), 64: (0.303, 0.246, 0.223, 0.22),
+    128: (0.448, 0.386), 256: (0.716, 0.715),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
 number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
-LEFT_US = (1.0, 0.004)
-"""us of a share of tiles that begins or ends within one, and of each row of 64 features that is left to another block."""
-GEMM_US = (3.6, 0.5, 0.5)
-"""us of a call, of each turn of tiles, and of the exchange of sums in a turn. Long calls take up to a tenth longer: the
-GPU lowers its clock."""
-GEMM_STREAM = 1.27
+LONG = 0.22
+"""How much longer very long calls take: the GPU lowers its clock. Half of it at 600 us."""
+LEFT_US = (1.7, 0.0043)
+"""us of a share of tiles that begins or ends within one, and of each row of 64 features that is left to another."""
+GEMM_US = (2.5, 0.7, 0.2)
+"""us of a call, of each turn of tiles, and of the exchange of sums in a turn."""
+GEMM_STREAM = 1.33
 """How many times longer than a plain read it takes the weights at least."""
 PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
@@ -223,8 +225,9 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
     if (pairs and teams % 2) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
         return None
-    if tile == 64 and warpgroups == 4 and (slices > 1 or ways > 1 or parts > 1):
-        return None  # spills at 96 registers
+    crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias
+    if tile == 64 and (slices == 3 or (warpgroups == 4 and crowded)):
+        return None  # spills
     of_block = math.ceil(units / ways)
     stages = math.ceil(of_block / slices)
     stage = slices * (2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros)))
@@ -238,14 +241,12 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * wide)) / at_once
     turns = max(turns, 1 / stages) if stream_k else math.ceil(turns)
     start, turn, sums = GEMM_US
-    # Each further group of a unit adds its sums up apart: by the count of instructions, a fused multiply-add a cycle. A
-    # block of 128 rows that fetches all of x itself was 4 % slower.
-    unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * tile * 0.00028
-    unit *= 1.04 if tile == 128 and cluster == 1 else 1.0
+    # Each further group of a unit adds its sums up apart: by the count of instructions, a fused multiply-add a cycle.
+    unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * (tile < 256) * tile * 0.00028
     us = turns * stages * warpgroups * unit + math.ceil(turns) * (turn + sums * (ways * slices > 1))
     # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
     us += stream_k * (LEFT_US[0] + LEFT_US[1] * tile * teams * max(1.0, 1 / turns))
-    us *= 1 + 0.1 * us / (us + 600)
+    us *= 1 + LONG * us / (us + 600)
     memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,

@@ -238,6 +238,15 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         }
     };
     if (EARLY && all > 0) barrier_wait(filled, 0), unpack(0, 0);
+    // What was left is there for others a stage later: a fence right behind the stores would wait until they are in L2.
+    bool owed = false;
+    auto flag_of = [&](int block) { return reinterpret_cast<unsigned*>(workspace) + block * (TEAMS * 4) + warp; };
+    auto settle = [&] {
+        if (!STREAM_K || !owed) return;
+        owed = false;
+        __syncwarp();
+        if (lane == 0) raise_flag(flag_of(blockIdx.x));
+    };
     int done = 0;  // stages
     for (int piece = 0; done < all; ++piece) {
         const Piece now_of = piece_of(piece);
@@ -250,6 +259,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
             const bool last = ++done == all;
+            if (stage > from) settle();
             const int now = slot;
             if (!EARLY) barrier_wait(filled + slot, turn);
             if (++slot == AHEAD) slot = 0, turn ^= 1;
@@ -324,6 +334,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 }
             }
         }
+
+        settle();
 
         // Results, PASS rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
         // have gate and up go together.
@@ -456,18 +468,16 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             ++step;
         } else if (STREAM_K && (from > 0 || upto < STAGES)) {
             // A block leaves the beginning of a tile to the block that has its end. Warp by warp: a fragment is one warp's.
-            const int warp = uniform(index / 32);
             auto left_by = [&](int block) {
                 return reinterpret_cast<float*>(workspace + FLAG_BYTES) + (block * (TEAMS * 4) + warp) * (TILE_M / 8 * 128) + lane * 4;
             };
-            auto flag_of = [&](int block) { return reinterpret_cast<unsigned*>(workspace) + block * (TEAMS * 4) + warp; };
             if (upto < STAGES) {
                 float* const to = left_by(blockIdx.x);
 #pragma unroll
                 for (int i = 0; i < TILE_M / 8; ++i)
                     *reinterpret_cast<float4*>(to + i * 128) = float4{total[i * 4], total[i * 4 + 1], total[i * 4 + 2], total[i * 4 + 3]};
-                __syncwarp();
-                if (lane == 0) raise_flag(flag_of(blockIdx.x));
+                owed = true;
+                if (done == all) settle();
             } else {
                 for (int other = worker - 1; from > 0; --other) {
                     const int block = other * CLUSTER + rank;

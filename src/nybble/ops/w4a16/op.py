@@ -626,9 +626,10 @@ def w4a16_linear(
     Raises:
         TypeError: a dtype. ValueError: a shape, device or value. UnsupportedError: the variant can't run here.
 
-    Numerics: the weight is never rounded: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the
-        fp32 sum of a group. A norm has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads
-        it. Bias, activation and residual are fp32, and the result is rounded once; composed, after each kernel.
-        Deterministic. NaN and Inf in a row of ``x`` reach that row of ``y`` only.
+    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only from
+        129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. A norm
+        has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
+        residual are fp32, and the result is rounded once; composed, after each kernel. Deterministic. NaN and Inf in a
+        row of ``x`` reach that row of ``y`` only.
     """
     return run(x, weight, bias, variant, residual, norm, "" if activation is None else activation, 0, 0, WORDS)
