@@ -287,7 +287,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         for (int stage = from; stage < upto; ++stage) {
             const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
-            const bool last = ++done == all || (adds && stage + 1 == upto);  // no weights follow
+            const bool last = ++done == all;
             if (stage > from) settle();
             const int now = slot;
             if (!EARLY) barrier_wait(filled + slot, turn);
