@@ -48,4 +48,8 @@ static float as_float(unsigned bits) {
 }
 static unsigned as_bits(half_t v) { return v.bits; }
 static half_t as_half(unsigned bits) { return {uint16_t(bits)}; }
-using std::fabs;
+static uint4 load_in_order(const uint4* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) fail("a misaligned 16-byte access");
+    return *from;
+}
+static unsigned load_in_order(const unsigned* from) { return *from; }

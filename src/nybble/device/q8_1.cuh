@@ -47,7 +47,7 @@ template <bool EXACT_SUM, typename T> __device__ __forceinline__ HalfBlock quant
     float sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
-        q[e] = usual ? round_away(v[e] * inverse) : 0;
+        q[e] = usual ? round_away(__fmul_rn(v[e], inverse)) : 0;
         if constexpr (EXACT_SUM) sum += v[e];
         else whole += q[e];
     }
