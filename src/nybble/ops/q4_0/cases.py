@@ -29,8 +29,8 @@ KINDS = ("normal", "uniform", "outliers", "zeros")
 def activations(kind: str, m: int, k: int, dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:
     """``[m, k]`` of a kind, the same for a seed and a kind of device.
 
-    ``normal``: deviation 1. ``uniform``: in [-1, 1]. ``outliers``: normal, one value in 256 times 50. ``zeros``: normal,
-    every third block of 32 all zero.
+    ``normal``: deviation 1. ``uniform``: in [-1, 1]. ``outliers``: normal, one value in 256 times 50.
+    ``zeros``: normal, every third block of 32 all zero.
     """
     draw = torch.Generator(device).manual_seed(seed)
     if kind == "uniform":

@@ -150,7 +150,8 @@ def _us(spec: Spec, form: Form, hardware: Hardware) -> float:
     elements = form.tile_m * math.ceil(chunks / form.cluster) * 64 * math.ceil(turns / math.ceil(jobs / rows))
     brought = elements * (8 if spec.dtype != torch.uint8 else 2) / 128 / CLOCK * form.blocks
     start = next(us for upto, us in START if spec.m <= upto)
-    return start + brought + max(STREAM * read, work)
+    waste = max(1.0, turns * at_once / jobs / 1.03) if turns > 1 else 1.0  # of the last turn, when it is not full
+    return start + brought + max(STREAM * read * waste * linear.WIDE.get(form.cluster, 1.0), work)
 
 
 def _quantize_us(spec: Spec, hardware: Hardware) -> float:

@@ -213,6 +213,12 @@ def _launch(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype, variant: st
     if ready is None:
         spec = spec_of(rows, weight, x.dtype, out_dtype, variant)
         ready = _PLANS[key] = make(spec, device, choose(spec, hardware.current(device)).pick)
+    return execute(ready, x, weight, out_dtype)
+
+
+def execute(ready: Ready, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
+    """Launch what :func:`make` made, on inputs that :func:`check` has seen."""
+    n, rows = weight.out_features, _rows(x, weight.in_features)
     if ready.variant == "w4a16":
         return linear.cuda(x, weight, None, "auto").to(out_dtype)
     if ready.plan is None:
