@@ -100,9 +100,9 @@ def test_what_is_refused_says_why() -> None:
         unpack_q4_0(torch.zeros(8, 18))
     with pytest.raises(CheckpointError, match=r"m\.gguf: w\.data: expected shape \[N, K / 32 \* 18\], got \[8, 20\]"):
         unpack_q4_0(torch.zeros(8, 20, dtype=torch.uint8), file="m.gguf", name="w")
-    with pytest.raises(ValueError, match="weight.zeros: expected 8 everywhere"):
+    with pytest.raises(ValueError, match=r"weight\.zeros: expected 8 everywhere"):
         pack_q4_0(QuantizedWeight(good.q, good.zeros - 1, good.scales, 32))
-    with pytest.raises(ValueError, match=r"weight.scales: expected torch\.float16, got torch\.float32"):
+    with pytest.raises(ValueError, match=r"weight\.scales: expected torch\.float16, got torch\.float32"):
         pack_q4_0(QuantizedWeight(good.q, good.zeros, good.scales.float(), 32))
     with pytest.raises(ValueError, match=r"blocks: expected shape \[..., K / 32, 36\]"):
         unpack_q8_1(torch.zeros(1, 34, dtype=torch.uint8))

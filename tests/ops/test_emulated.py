@@ -316,7 +316,8 @@ def q4_0(case: Q4Case, form: q4_0_cost.Form, clusters: int) -> Tensor:
     config = q4_0_cost.constants(form, case.k)
     y = torch.full((case.m, case.n), float("nan"), dtype=case.out_dtype)
     emulate.launch(
-        q4_0_op.source(case.spec(), Candidate(variant, tuple(config.items()))), "qqqqn", (clusters * form.cluster, 1, 1),
+        q4_0_op.source(case.spec(), Candidate(variant, tuple(config.items()))), "qqqqn",
+        (clusters * form.cluster, 1, 1),
         32 * (form.warps + 1), inputs.x, inputs.weight.qweight, inputs.weight.scales, y, case.m,
         shared_bytes=config["SHARED"], cluster=form.cluster,
     )  # fmt: skip
