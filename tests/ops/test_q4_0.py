@@ -177,6 +177,13 @@ def test_choice_is_pure_and_says_why() -> None:
         assert times == sorted(times)
 
 
+def test_a_function_that_is_one_way_has_one_candidate() -> None:
+    for function, variant in (("gemm_q4_0_fp16", "fused"), ("gemm_q4_0_q8_1", "separate")):
+        case = Q4Case(16, 4096, 4096, function=function)
+        assert [c.variant for c in case.choice(H200).candidates] == [variant]
+        assert case.choice(None).pick.variant == "reference"
+
+
 def test_no_form_needs_more_shared_memory_than_there_is() -> None:
     for k in (64, 4096, 11008, 14336, 28672):
         for m in (1, 16, 32, 64, 512):

@@ -153,7 +153,12 @@ class Q4Case(Case):
 
     def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
         spec = self.spec(variant)
-        return op.choose(spec if hardware is not None else spec._replace(variant="auto"), hardware)
+        found = op.choose(spec if hardware is not None else spec._replace(variant="auto"), hardware)
+        if self.function == "q4_0_linear":
+            return found
+        # A function that is one way has no others to time.
+        kept = tuple(c for c in found.candidates if c.variant in (spec.variant, found.pick.variant))
+        return Choice(found.pick, kept)
 
     def sources(self, hardware: Hardware) -> list[Source]:
         """Of every kernel that can run it, those of the 4-bit linear left out: they are in its own gate."""

@@ -145,6 +145,14 @@ q4_0_kernel(const void* __restrict__ x, const uint4* __restrict__ qweight, const
             while (job < last_job) ask();
         return;
     }
+    // A hint for L2: the block's range of the rows of its first job.
+    constexpr int CHUNK_BYTES = FUSED ? 64 * static_cast<int>(sizeof(X)) : 72, ROW_BYTES = K / 32 * (CHUNK_BYTES / 2);
+    constexpr int LINES = (RANGE * CHUNK_BYTES + 127) / 128;
+    const long long row_from = static_cast<long long>(first_job / TILES) * TILE_M;
+    for (int i = threadIdx.x; i < min(static_cast<long long>(TILE_M), rows - row_from) * LINES; i += THREADS) {
+        const int at = begin * CHUNK_BYTES + i % LINES * 128;
+        if (at < ROW_BYTES) prefetch_l2(static_cast<const char*>(x) + (row_from + i / LINES) * ROW_BYTES + at);
+    }
     __syncthreads();
     cluster_arrive();  // this block's barriers are there
     wait_for_previous();
