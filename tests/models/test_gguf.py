@@ -232,3 +232,25 @@ def test_values_beyond_float16(make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"output_norm\.weight: holds values beyond the range of float16"):
         nybble.load(file, device="cpu", dtype=torch.float16)
     nybble.load(file, device="cpu", dtype=torch.bfloat16)
+
+
+@KINDS
+@pytest.mark.parametrize("option", [(), ("--model",)], ids=["as MODEL", "as --model"])
+def test_generate_takes_a_file(make_model: MakeModel, tmp_path: Path, kind: str, option: tuple[str, ...]) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from nybble.cli import app
+
+    file = tmp_path / "tiny.gguf"
+    write(file, make_model(kind))
+    arguments = ["generate", *option, str(file), "--prompt", "ab", "--max-tokens", "4", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["model"] == str(file)
+    assert 0 < len(said["tokens"]) <= 4
+    missing = CliRunner().invoke(app, ["generate", *option, str(tmp_path / "none.gguf"), "--device", "cpu"])
+    assert missing.exit_code != 0
+    assert "none.gguf: no such file" in missing.output + str(missing.exception or "")
