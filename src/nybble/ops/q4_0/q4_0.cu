@@ -270,7 +270,7 @@ q4_0_kernel(const void* __restrict__ x, const uint4* __restrict__ qweight, const
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int chunk = unit * 2 + c;
-                if (begin + chunk >= end) break;
+                if (unit >= units || (K64 % 2 != 0 && begin + chunk >= end)) break;  // only the last unit may be half a one
                 unsigned a[STRIPS][2][4];
                 float d4[STRIPS][2][2];
 #pragma unroll
