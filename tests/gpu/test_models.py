@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models.gguf_files import write
 
 import nybble
 from nybble.models.generate import generate_tokens, perplexity
@@ -96,7 +95,9 @@ def test_fused_and_unfused_perplexity_on_the_gpu() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_gguf_file_on_the_gpu_is_the_one_on_the_cpu(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     import transformers
+    from models.gguf_files import write
 
     sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
