@@ -25,7 +25,7 @@ def check_case(
     """Run a case and hold every element of every output within its tolerance; returns the outputs."""
     inputs = case.make(device, seed) if inputs is None else inputs
     truth = case.truth(inputs)
-    poison(device, *(t.numel() * case.dtype.itemsize for t in truth))
+    poison(device, *(t.numel() * case.result_dtype.itemsize for t in truth))
     results = case.run(inputs, variant)
     for got, want in zip(results, truth, strict=True):
         assert got.is_contiguous()
@@ -39,7 +39,7 @@ def within(case: Case, inputs: Any, results: tuple[Tensor, ...], truth: tuple[Te
     truth = case.truth(inputs) if truth is None else truth
     assert len(results) == len(truth)
     for got, want, bound in zip(results, truth, case.tolerance(inputs, truth), strict=True):
-        assert got.dtype == case.dtype
+        assert got.dtype == case.result_dtype
         assert got.shape == want.shape
         excess = (got.double() - want).abs() - bound
         bad = ~(excess <= 0)

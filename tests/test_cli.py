@@ -411,7 +411,9 @@ def test_pictures_that_cannot_be_are_refused_before_anything_is_measured(monkeyp
     line = mistake(*RMSNORM, "--plot-to", tmp_path / "norm.pdf")
     assert line == "nybble: plot: path: expected a name that ends in .svg or .png, got 'norm.pdf'"
     several = mistake("bench", "run", "--device", "cpu", "--plot-to", tmp_path / "all.svg")
-    assert several.endswith("one picture shows one operation, not norm, w4a16, ln_qkv; name one OP, or use --plot")
+    assert several.endswith(
+        "one picture shows one operation, not norm, w4a16, ln_qkv, q4_0; name one OP, or use --plot"
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in mistake(*RMSNORM, "--plot", code=1)
@@ -465,8 +467,8 @@ def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
 
 def test_mistakes_of_bench_plot(results, tmp_path):
     options = ("--results", results, "--to", tmp_path / "pictures")
-    assert "there are norm, w4a16, ln_qkv" in mistake("bench", "plot", "conv", *options)
-    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16, ln_qkv")
+    assert "there are norm, w4a16, ln_qkv, q4_0" in mistake("bench", "plot", "conv", *options)
+    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16, ln_qkv, q4_0")
     assert mistake("bench", "plot", "w4a16", *options, "--gpu", "fake").endswith("w4a16.jsonl: no such file or folder")
     assert "--dtype" in mistake("bench", "plot", *options, "--gpu", "fake", "--dtype", "int8")
     line = mistake("bench", "plot", *options, "--gpu", "fake")
@@ -500,8 +502,8 @@ def test_bench_explain_shows_refusals_with_their_reasons():
 
 
 def test_mistakes_of_bench():
-    assert "there are norm, w4a16, ln_qkv" in mistake("bench", "run", "conv")
-    assert "there are norm, w4a16, ln_qkv" in mistake("bench", "explain", "conv")
+    assert "there are norm, w4a16, ln_qkv, q4_0" in mistake("bench", "run", "conv")
+    assert "there are norm, w4a16, ln_qkv, q4_0" in mistake("bench", "explain", "conv")
     assert "it has rows, hidden" in mistake("bench", "explain", "norm", "--m", 8)
     assert "add_rmsnorm" in mistake("bench", "explain", "norm", "--function", "batchnorm")
     assert "h200, a100, current" in mistake("bench", "explain", "norm", "--hardware", "b200")

@@ -25,9 +25,15 @@ _HOME = {
     "fused_ln_qkv_gptq": "nybble.ops.ln_qkv.op",
     "ln_qkv": "nybble.ops.ln_qkv.op",
     "release_packed": "nybble.ops.ln_qkv.op",
+    "q4_0_linear": "nybble.ops.q4_0.op",
+    "gemm_q4_0_fp16": "nybble.ops.q4_0.op",
+    "gemm_q4_0_q8_1": "nybble.ops.q4_0.op",
+    "quantize_q8_1": "nybble.ops.q4_0.op",
     "Norm": "nybble.ops.w4a16.op",
     "QuantizedWeight": "nybble.formats.grouped",
     "PackedWeight": "nybble.formats.tiles",
+    "quantize_q4_0": "nybble.formats.gguf_q4_0",
+    "unpack_q4_0": "nybble.formats.gguf_q4_0",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the documentation
@@ -44,13 +50,20 @@ __all__ = [  # noqa: RUF022 - in the order of the documentation
     "fused_ln_qkv_gptq",
     "ln_qkv",
     "release_packed",
+    "q4_0_linear",
+    "gemm_q4_0_fp16",
+    "gemm_q4_0_q8_1",
+    "quantize_q8_1",
     "Norm",
     "QuantizedWeight",
     "PackedWeight",
+    "quantize_q4_0",
+    "unpack_q4_0",
     "__version__",
 ]
 
 if TYPE_CHECKING:
+    from nybble.formats.gguf_q4_0 import quantize_q4_0, unpack_q4_0
     from nybble.formats.grouped import QuantizedWeight
     from nybble.formats.tiles import PackedWeight
     from nybble.models.load import load
@@ -64,6 +77,7 @@ if TYPE_CHECKING:
         layernorm_residual,
         rmsnorm,
     )
+    from nybble.ops.q4_0.op import gemm_q4_0_fp16, gemm_q4_0_q8_1, q4_0_linear, quantize_q8_1
     from nybble.ops.w4a16.op import Norm, w4a16_linear
 
 

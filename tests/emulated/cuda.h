@@ -129,6 +129,7 @@ static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 static long long min(long long a, long long b) { return a < b ? a : b; }
 #define __expf(v) std::exp(float(v))
+static float __fmul_rn(float a, float b) { return a * b; }
 static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 static float __fdividef(float a, float b) { return a / b; }
 template <typename T> static T __ldg(const T* from) { return *from; }

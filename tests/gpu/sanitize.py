@@ -17,6 +17,7 @@ from checks import check_case
 
 from nybble.ops.case import Case
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.q4_0.cases import Q4Case
 from nybble.ops.w4a16.cases import W4A16Case
 
 FEW = ("stream", "wgmma")  # the second on Hopper
@@ -38,6 +39,14 @@ CASES: tuple[tuple[Case, str], ...] = (
     (W4A16Case(70, 384, 256, 64, activation="silu_mul", residual=True), "gemm"),
     *((W4A16Case(m, 12288, 512), "wgmma") for m in (1, 16, 32, 64)),  # several tiles a worker
     *((W4A16Case(m, 12288, 1024), "gemm") for m in (32, 64, 256)),
+    *(
+        (Q4Case(m, n, k), v)
+        for m in (1, 9, 33, 70, 200)
+        for n, k in ((72, 224), (264, 1056))
+        for v in ("fused", "separate")
+    ),
+    *((Q4Case(m, 12288, 1024), "fused") for m in (1, 16, 64)),
+    *((Q4Case(3, 136, 512, d, torch.float16), "fused") for d in (torch.bfloat16, torch.float32)),
 )
 
 

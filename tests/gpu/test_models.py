@@ -91,3 +91,27 @@ def test_fused_and_unfused_perplexity_on_the_gpu() -> None:
     assert fused.ppl == pytest.approx(plain.ppl, rel=1e-3)
     assert fused.ppl == pytest.approx(exact.ppl, rel=1e-3)
     assert report.calls()["add_dual_layernorm"] > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_gguf_file_on_the_gpu_is_the_one_on_the_cpu(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    import transformers
+    from models.gguf_files import write
+
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{kind.capitalize()}Config")(**sizes)
+    original = getattr(transformers, f"{kind.capitalize()}ForCausalLM")(config)
+    file = tmp_path / "tiny.gguf"
+    write(file, original)
+    exact, model = (nybble.load(file, device=device) for device in ("cpu", "cuda"))
+    assert model.dtype == torch.float16
+    here = exact.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.cpu(), here[name].to(tensor.dtype)), name
+    ids = torch.tensor([PROMPT])
+    want, got = exact(ids).logits, model(ids.cuda()).logits.cpu().float()
+    # Ten roundings of 16-bit activations, of the spread of the logits.
+    assert float((got - want).abs().max()) <= float(want.max() - want.min()) * 10 * 2.0**-11

@@ -8,9 +8,14 @@ import torch
 from checks import within
 from torch import Tensor
 
+from nybble.formats.gguf_q4_0 import quantize_q8_1, unpack_q8_1
 from nybble.ops.norm import cost as norm_cost
 from nybble.ops.norm import op as norm_op
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.q4_0 import cost as q4_0_cost
+from nybble.ops.q4_0 import op as q4_0_op
+from nybble.ops.q4_0 import reference as q4_0_reference
+from nybble.ops.q4_0.cases import KINDS, Q4Case, activations
 from nybble.ops.w4a16 import cost
 from nybble.ops.w4a16 import op as linear_op
 from nybble.ops.w4a16.cases import EPS, W4A16Case
@@ -253,3 +258,95 @@ def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
 def test_a_result_of_many_rows_in_planes(splits: tuple[int, ...]) -> None:
     many(W4A16Case(20, 192, 256, bias=True), (32, 3, 1, 2, 2, 0), 1, 1, splits)
+
+
+# --- llama.cpp's Q4_0 ---
+
+
+@pytest.mark.parametrize("exact_sum", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FLOAT], ids=str)
+def test_quantize(dtype: torch.dtype, kind: str, exact_sum: bool) -> None:
+    x = activations(kind, 5, 224, dtype, "cpu", 3)
+    x[1, 40], x[2, 70], x[3, 100:132] = float("nan"), float("-inf"), 0.0
+    x[4, :96] = torch.arange(-47.5, 48.5).to(dtype)  # with amax 127: every value a half
+    x[4, 0], x[4, 32], x[4, 64] = 127.0, -127.0, 127.0
+    got = torch.full((5, 7, 36), 0x55, dtype=torch.uint8)
+    source, threads = q4_0_op.quantize_source(dtype, exact_sum), q4_0_op.QUANTIZE_THREADS
+    emulate.launch(source, "qqn", (-(-x.numel() // 16 // threads), 1, 1), threads, x, got, x.numel())
+    ours, theirs = unpack_q8_1(got), quantize_q8_1(x, exact_sum=exact_sum)
+    assert torch.equal(ours.q, theirs.q)
+    assert torch.equal(ours.d, theirs.d) or torch.equal(ours.d.nan_to_num(1.5), theirs.d.nan_to_num(1.5))
+    if exact_sum:  # added up in another order
+        error = (ours.s.double() - theirs.s.double()).abs()
+        assert (error <= 2.0**-10 * theirs.s.double().abs() + 2.0**-18 * x.double().abs().nan_to_num().sum())[
+            :, 3:
+        ].all()
+    else:
+        assert torch.equal(ours.s.nan_to_num(1.5), theirs.s.nan_to_num(1.5))
+
+
+F = q4_0_cost.Form
+FUSED, GIVEN = "gemm_q4_0_fp16", "gemm_q4_0_q8_1"
+# A case, a form, how many clusters.
+Q4_0: list[tuple[Q4Case, q4_0_cost.Form, int]] = [
+    (Q4Case(1, 128, 1024, function=FUSED), F(8, 1, 1, 4, 2, 4, 8, 2), 2),
+    (Q4Case(1, 128, 1024, function=GIVEN), F(8, 1, 1, 4, 2, 4, 8, 2), 1),
+    (Q4Case(5, 72, 224, BRAIN, function=FUSED), F(8, 1, 1, 2, 2, 2, 8, 1), 2),  # half a unit, a strip past the end
+    (Q4Case(5, 72, 224, function=GIVEN), F(8, 1, 1, 2, 2, 2, 8, 2), 2),
+    (Q4Case(3, 128, 96, FLOAT, function=FUSED), F(8, 2, 1, 2, 8, 2, 8, 2), 1),  # blocks with nothing to do
+    (Q4Case(9, 200, 736, FLOAT, HALF, "outliers", FUSED), F(16, 1, 1, 3, 2, 2, 16, 2), 2),
+    (Q4Case(40, 136, 480, kind="zeros", function=FUSED), F(16, 1, 2, 3, 2, 3, 8, 2), 1),  # rows change in a worker
+    (Q4Case(50, 200, 736, BRAIN, BRAIN, "uniform", FUSED), F(32, 2, 2, 2, 2, 2, 16, 2), 2),
+    (Q4Case(33, 328, 416, function=GIVEN), F(32, 4, 2, 1, 2, 3, 16, 1), 1),
+    (Q4Case(70, 136, 512, function=FUSED), F(32, 1, 2, 4, 4, 2, 32, 1), 1),
+    (Q4Case(130, 136, 352, function=FUSED), F(64, 2, 1, 1, 2, 2, 16, 2), 1),
+    (Q4Case(64, 128, 512, function=GIVEN), F(64, 1, 1, 2, 1, 2, 16, 2), 3),
+    (Q4Case(20, 256, 256, function=FUSED), F(32, 1, 4, 2, 1, 1, 16, 1), 2),
+]
+
+
+def q4_0(case: Q4Case, form: q4_0_cost.Form, clusters: int) -> Tensor:
+    """Run the kernel on a case in a form of its own, within the case's tolerance."""
+    inputs, variant = case.make(), "fused" if case.function == FUSED else "separate"
+    config = q4_0_cost.constants(form, case.k)
+    y = torch.full((case.m, case.n), float("nan"), dtype=case.out_dtype)
+    emulate.launch(
+        q4_0_op.source(case.spec(), Candidate(variant, tuple(config.items()))), "qqqqn",
+        (clusters * form.cluster, 1, 1),
+        32 * (form.warps + 1), inputs.x, inputs.weight.qweight, inputs.weight.scales, y, case.m,
+        shared_bytes=config["SHARED"], cluster=form.cluster,
+    )  # fmt: skip
+    within(case, inputs, (y,))
+    return y
+
+
+@pytest.mark.parametrize(("case", "form", "clusters"), Q4_0, ids=lambda value: str(value)[:90])
+def test_q4_0(case: Q4Case, form: q4_0_cost.Form, clusters: int) -> None:
+    q4_0(case, form, clusters)
+
+
+def test_q4_0_quantising_inside_or_before_gives_the_same_bits() -> None:
+    form = F(16, 1, 1, 2, 2, 2, 16, 2)
+    a, b = (q4_0(Q4Case(11, 136, 736, kind="outliers", function=f), form, 2) for f in (FUSED, GIVEN))
+    assert torch.equal(a, b)
+
+
+def test_q4_0_extreme_values_stay_in_their_row() -> None:
+    case = Q4Case(11, 72, 224, function=FUSED)
+    form = F(16, 1, 1, 2, 2, 2, 16, 2)
+    clean, inputs = q4_0(case, form, 1), case.make()
+    inputs.x[1, 7], inputs.x[2, 9], inputs.x[3] = float("nan"), float("inf"), 0.0
+    config = q4_0_cost.constants(form, case.k)
+    y = torch.zeros(case.m, case.n)
+    emulate.launch(
+        q4_0_op.source(case.spec(), Candidate("fused", tuple(config.items()))), "qqqqn", (2, 1, 1),
+        32 * (form.warps + 1), inputs.x, inputs.weight.qweight, inputs.weight.scales, y, case.m,
+        shared_bytes=config["SHARED"], cluster=2,
+    )  # fmt: skip
+    assert torch.equal(y[[0, *range(4, 11)]], clean[[0, *range(4, 11)]])
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    assert (y[3] == 0).all()
+    want = q4_0_reference.product(q4_0_reference.quantize(inputs.x), *inputs.weight.tensors[:2], case.k, case.n)
+    assert torch.equal(y.isfinite(), want.isfinite())

@@ -371,9 +371,9 @@ def plot_saved(
 @app.command("explain")
 def explain(
     op: str = typer.Argument(..., help="The operation."),
-    m: int | None = typer.Option(None, "--m", min=0, help="w4a16, ln_qkv: rows (tokens)."),
-    n: int | None = typer.Option(None, "--n", min=1, help="w4a16, ln_qkv: output features."),
-    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv: input features."),
+    m: int | None = typer.Option(None, "--m", min=0, help="w4a16, ln_qkv, q4_0: rows (tokens)."),
+    n: int | None = typer.Option(None, "--n", min=1, help="w4a16, ln_qkv, q4_0: output features."),
+    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv, q4_0: input features."),
     group_size: int | None = typer.Option(
         None, "--group-size", help="w4a16, ln_qkv: 16, 32, 64, 128, 256, or -1 for K."
     ),

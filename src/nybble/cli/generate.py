@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from nybble.cli.console import print_json, stderr
-from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, assets, described, load_model
+from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, NAMED, assets, described, load_model
 
 if TYPE_CHECKING:
     from nybble.models.generate import Timing
@@ -20,6 +20,7 @@ PROMPT = "def read_lines(path):"
 
 def generate(
     model: Path = MODEL,
+    named: Path | None = NAMED,
     prompt: str = typer.Option(PROMPT, help="The text to continue."),
     max_tokens: int = typer.Option(100, min=0, help="Stop after as many new tokens."),
     sample: bool = typer.Option(False, "--sample/--greedy", help="Draw tokens, or take the likeliest every time."),
@@ -34,7 +35,7 @@ def generate(
     json: bool = JSON,
 ) -> None:
     """Continue a prompt. The text goes to stdout, the speed to stderr."""
-    folder = model or assets()
+    folder = model or named or assets()
     loaded, tokenizer = load_model(folder, device, dtype, hidden=json)
     from nybble.models.generate import generate_tokens, stream_text
 

@@ -1,4 +1,4 @@
-"""What ``generate`` and ``ppl`` share: a folder becomes a model and a tokenizer, with progress while it loads."""
+"""What ``generate`` and ``ppl`` share: a folder or a GGUF file becomes a model and a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nybble.cli.console import device_of, dtype_of, stderr
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL = typer.Argument(None, metavar="[MODEL]", help="Folder of the model; the demo model when left out.")
+MODEL = typer.Argument(None, metavar="[MODEL]", help="Folder or .gguf file; the demo model when left out.")
+NAMED = typer.Option(None, "--model", help="The same as MODEL.")
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
 DTYPE = typer.Option("auto", help="float32, float16, bfloat16; auto: float32 on a CPU, 16 bits on a GPU.")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -31,7 +32,7 @@ def load_model(folder: Path, device: str, dtype: str, *, hidden: bool) -> tuple[
     """The model and its tokenizer; a progress bar on stderr unless ``hidden``.
 
     Raises:
-        CheckpointError: the folder, or its tokenizer, can't be loaded.
+        CheckpointError: the folder or file, or its tokenizer, can't be loaded.
     """
     from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TextColumn
@@ -54,16 +55,23 @@ def load_model(folder: Path, device: str, dtype: str, *, hidden: bool) -> tuple[
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    from nybble.formats.gguf_file import GGUFFile, is_gguf
     from nybble.runtime.errors import CheckpointError
 
+    if is_gguf(folder):
+        if GGUFFile(folder).field("tokenizer.ggml.model") is None:
+            raise CheckpointError(folder, "tokenizer.ggml.model", "no tokenizer in the file")
+        where, named, entry = folder.expanduser().resolve().parent, {"gguf_file": folder.name}, "tokenizer.ggml.model"
+    else:
+        where, named, entry = folder, {}, "tokenizer.json"
     # Without any of these transformers makes an empty tokenizer, and every prompt becomes nothing.
-    if not any((folder / name).is_file() for name in VOCABULARIES):
+    if not named and not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(folder, "tokenizer.json", f"no tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False, **named)
     except Exception as error:  # transformers fails in many ways where a tokenizer's file is missing or damaged
         reason = f"no tokenizer that transformers can load: {str(error).strip().splitlines()[0]}"
-        raise CheckpointError(folder, "tokenizer.json", reason) from error
+        raise CheckpointError(folder, entry, reason) from error
 
 
 def _quiet_libraries() -> None:

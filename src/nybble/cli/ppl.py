@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from nybble.cli.console import fail, print_json, stderr, stdout
-from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, assets, described, load_model
+from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, NAMED, assets, described, load_model
 
 if TYPE_CHECKING:
     from nybble.models.generate import Perplexity
@@ -20,6 +20,7 @@ WARM_UP = 64
 
 def ppl(
     model: Path = MODEL,
+    named: Path | None = NAMED,
     text: Path = TEXT,
     window: int = typer.Option(None, min=1, help="Tokens seen at once; default what the model has positions for."),
     stride: int = typer.Option(None, min=1, help="How far the window moves; default half of it."),
@@ -29,7 +30,7 @@ def ppl(
     json: bool = JSON,
 ) -> None:
     """How well a model predicts a text, as transformers runs it and with the fused operations."""
-    folder, file = model or assets(), text or assets() / "heldout.txt"
+    folder, file = model or named or assets(), text or assets() / "heldout.txt"
     words = _read(file)
     loaded, tokenizer = load_model(folder, device, dtype, hidden=json)
     ids = tokenizer(words, verbose=False)["input_ids"][:tokens]

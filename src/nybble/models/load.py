@@ -1,4 +1,4 @@
-"""A checkpoint folder in, a Hugging Face model with packed 4-bit layers out.
+"""A checkpoint folder in, a Hugging Face model with packed 4-bit layers out; GGUF files are ``gguf_load``'s.
 
 The order matters: the folder's JSON, then every file's header, then an empty model on the meta device, and only when
 all of them agree (:class:`_Plan`) is a tensor read and moved to the device. Transformers gives the model's code and
@@ -28,6 +28,7 @@ from nybble.formats.checkpoint import (
     preflight,
     read_quantization,
 )
+from nybble.formats.gguf_file import is_gguf
 from nybble.formats.grouped import QuantizedWeight
 from nybble.formats.tiles import PackedWeight
 from nybble.models.architectures import HEAD, Architecture, architecture_of
@@ -48,13 +49,14 @@ def load(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Load a local folder: a GPT-NeoX, Llama, Qwen2, Qwen3 or GPT-2 causal language model.
+    """Load a causal language model: a folder (GPT-NeoX, Llama, Qwen2, Qwen3, GPT-2) or a GGUF file (Llama, Qwen2).
 
     Quantised linear layers (GPTQ v1 and v2, AWQ GEMM, 4 bits) become :class:`~nybble.models.layers.W4A16Linear`; a
-    folder without quantisation loads as it is. Nothing is downloaded.
+    folder without quantisation loads as it is. Of a GGUF file, linear layers in Q4_0 become the same; other tensors
+    (F32, F16, BF16, Q8_0, Q6_K, and embeddings in Q4_0) become floats. Nothing is downloaded.
 
     Args:
-        path: folder with ``config.json`` and safetensors files.
+        path: folder with ``config.json`` and safetensors files, or a ``.gguf`` file.
         device: where the model goes; default the current CUDA device, or the CPU where there is none.
         dtype: of the unquantised tensors and the activations: float16, bfloat16 or float32. Default on CUDA
             bfloat16 for a checkpoint stored so and float16 for others; on the CPU float32. The scales of quantised
@@ -69,10 +71,15 @@ def load(
             is not supported. Whatever headers can show is found before anything is moved to the device.
         TypeError, ValueError: an argument.
     """
-    folder = _folder(path)
+    whole = isinstance(path, (str, Path)) and is_gguf(path)
+    folder = Path(path) if whole else _folder(path)
     device = _device(device)
     if dtype is not None and dtype not in DTYPES:
         raise wrong_type("load", "dtype", "torch.float16, torch.bfloat16, torch.float32 or None", dtype)
+    if whole:
+        from nybble.models.gguf_load import load_gguf
+
+        return load_gguf(path, device, dtype, progress)
     raw = _read_config(folder / "config.json")
     architecture = architecture_of(raw, folder / "config.json")
     quantization = read_quantization(folder)
@@ -278,13 +285,14 @@ def _fill(
             progress(done, total)
     if plan.quantized:
         # No loader knows the tiles; transformers would read such a folder, warn, and leave the weights random.
-        model.__dict__["save_pretrained"] = _refuse_to_save
+        model.__dict__["save_pretrained"] = refuse_to_save
     if model.config.tie_word_embeddings:
         model.get_submodule(HEAD).weight = model.get_input_embeddings().weight
-    _recompute_buffers(model, device)
+    recompute_buffers(model, device)
 
 
-def _refuse_to_save(*_: object, **__: object) -> None:
+def refuse_to_save(*_: object, **__: object) -> None:
+    """``save_pretrained`` of a model with packed layers."""
     raise UnsupportedError(
         "save_pretrained: the packed 4-bit layers of a model from nybble.load have no format on disk that other "
         "programs read. Keep the folder that it was loaded from."
@@ -307,7 +315,7 @@ def _pack(weight: QuantizedWeight, checkpoint: Checkpoint, plan: QuantizedModule
         raise CheckpointError(checkpoint.file_of(tensor), plan.name, str(error)) from error
 
 
-def _recompute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def recompute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Buffers that no file holds (rotary frequencies) were made on the meta device, without values: make them again."""
     for name, module in model.named_modules():
         if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):

@@ -5,6 +5,7 @@ OPERATIONS: dict[str, str] = {
     "norm": "LayerNorm and RMSNorm fused with the residual additions around them",
     "w4a16": "4-bit weight linear: fp16 or bf16 activations, GPTQ or AWQ weights",
     "ln_qkv": "a norm, then queries, keys and values from a 4-bit weight, in one",
+    "q4_0": "llama.cpp's Q4_0 weights, activations quantised to Q8_1 inside the kernel",
 }
 """Folder name -> one line. ``nybble.ops.<name>.cases`` holds ``BENCH`` (cases for a GPU), ``SMALL`` (for a CPU) and
 ``parse(shape, dtype)``."""

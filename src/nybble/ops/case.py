@@ -33,6 +33,11 @@ class Case(ABC):
 
     dtype: torch.dtype
 
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of every output."""
+        return self.dtype
+
     @abstractmethod
     def shape(self) -> dict[str, int]:
         """The operation's dimensions by name, as results are keyed."""
