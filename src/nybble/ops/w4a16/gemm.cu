@@ -8,7 +8,8 @@
 // Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, 4, 32];
 //               scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X
 //               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; workspace:
-//               FLAG_BYTES of flags, zero before and after, and [blocks][LEFT_BYTES], with STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
+//               FLAG_BYTES of flags, zero before and after, and [blocks][TEAMS][4 warps][TILE_M / 8][32 lanes][4] float, with
+//               STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
 //               ceil(K / 64); all 16-byte aligned
 // Layout        formats/tiles.py has the diagram; x in shared memory as wgmma.cuh wants B
 // Mapping       grid x: clusters of CLUSTER blocks, which take every (gridDim.x / CLUSTER)-th tile, row tiles first, so that
@@ -82,10 +83,7 @@ static_assert(OWN_M % PASS == 0, "passes of the same number of rows");
 constexpr int SUMS = (SOURCES - 1) * TEAMS * 4 * OWN_M / 8 * 128;  // floats of others
 constexpr int BYTES = AHEAD * STAGE + TEAMS * PASS * PAD * 4 + SUMS * 4 + 2 * AHEAD * 8 + 16;
 static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory");
-// What a block leaves of a tile, in parts that fit in a stage of the ring: [PORTIONS][TEAMS][4 warps][blocks of 8 rows][128] float.
-constexpr int FLAG_BYTES = 16384, LEFT_BYTES = TEAMS * TILE_M * 256;
-constexpr int PORTIONS = LEFT_BYTES <= STAGE ? 1 : LEFT_BYTES <= 2 * STAGE ? 2 : 4, PORTION_BLOCKS = TILE_M / 8 / PORTIONS;
-static_assert(!STREAM_K || (LEFT_BYTES <= PORTIONS * STAGE && PORTION_BLOCKS * PORTIONS == TILE_M / 8), "a portion fits in a stage");
+constexpr int FLAG_BYTES = 16384;  // of the workspace
 
 struct Piece { int tile, from, upto; };  // stages of a tile
 
@@ -126,15 +124,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const int begins = STREAM_K ? share_of(worker) : 0, ends = STREAM_K ? share_of(worker + 1) : 0;
     const int pieces_shared = begins < ends ? (ends - 1) / STAGES - begins / STAGES + 1 : 0;
     const int whole = (tiles - shared_tiles - worker + workers - 1) / workers;  // tiles of its own
-    // How many have left parts of the tile whose end is here. They come through the ring, after the stages of that tile.
-    const int begun = begins / STAGES * STAGES;
-    int others = 0;
-    if (begins > begun && ends >= begun + STAGES)
-        do ++others;
-        while (share_of(worker - others) > begun);
-    const int shared_stages = ends - begins, left_stages = others * PORTIONS, all = shared_stages + left_stages + whole * stages;
-    auto left_by = [&](int w) { return workspace + FLAG_BYTES + static_cast<long long>(w * CLUSTER + rank) * LEFT_BYTES; };
-    auto flag_of = [&](int w) { return reinterpret_cast<unsigned*>(workspace) + w * CLUSTER + rank; };
+    const int all = ends - begins + whole * stages;
     auto piece_of = [&](int i) {
         if (!STREAM_K || i >= pieces_shared) return Piece{shared_tiles + (i - pieces_shared) * workers + worker, 0, stages};
         const int tile = (ends - 1) / STAGES - i;
@@ -190,32 +180,19 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 else copy_tile(part, x_map, column, row, filled + slot);
             }
         };
-        auto ask_left = [&] {
-            for (int i = 0; i < left_stages; ++i) {
-                const int other = worker - 1 - i / PORTIONS;
-                if (i % PORTIONS == 0) wait_for_flag(flag_of(other), TEAMS * 4), lower_flag(flag_of(other));
-                barrier_wait(used + slot, (turn + 1) % 2);
-                barrier_expect(filled + slot, LEFT_BYTES / PORTIONS);
-                copy_bulk(shared + slot * STAGE, left_by(other) + i % PORTIONS * (LEFT_BYTES / PORTIONS), LEFT_BYTES / PORTIONS, filled + slot);
-                if (++slot == AHEAD) slot = 0, ++turn;
-            }
-        };
         const bool asks = elected();
-        const int real = all - left_stages, at_first = min(AHEAD, left_stages > 0 ? shared_stages : real);
         begin();
         if (asks)
-            for (; asked < at_first; next()) ask_weights();
+            for (; asked < min(AHEAD, all); next()) ask_weights();
         __syncwarp();
         if constexpr (CLUSTER > 1) cluster_wait();  // all blocks' are
         if (!asks) return;
         wait_for_previous();
         allow_next();
         begin();
-        for (; asked < at_first; next()) ask_x();
-        for (;; next()) {
-            if (STREAM_K && asked == shared_stages) ask_left();
-            if (asked == real) break;
-            barrier_wait(used + slot, (turn + 1) % 2);
+        for (; asked < min(AHEAD, all); next()) ask_x();
+        for (; asked < all; next()) {
+            barrier_wait(used + slot, (turn - 1) % 2);
             ask_weights();
             ask_x();
         }
@@ -261,25 +238,10 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         }
     };
     if (EARLY && all > 0) barrier_wait(filled, 0), unpack(0, 0);
-    // What was left is there for others a stage later: a fence right behind the stores would wait until they are in L2.
-    bool owed = false;
-    auto settle = [&] {
-        if (!STREAM_K || !owed) return;
-        owed = false;
-        fence_for_copies();
-        __syncwarp();
-        if (lane == 0) raise_flag(flag_of(worker));
-    };
     int done = 0;  // stages
     for (int piece = 0; done < all; ++piece) {
         const Piece now_of = piece_of(piece);
         const int tile = now_of.tile, from = now_of.from, upto = now_of.upto;
-        const bool adds = STREAM_K && from > 0 && upto == STAGES;  // what others have left of this tile
-        // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
-        auto release = [&](int slot_read, int number) {
-            if (WIDE == 1 && lane == 0) barrier_arrive(used + slot_read);
-            if (WIDE > 1 && lane < CLUSTER && number + AHEAD <= all) barrier_arrive(used + slot_read, lane);
-        };
         float total[TILE_M / 2];
 #pragma unroll
         for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
@@ -288,10 +250,14 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
             const unsigned x_unit = x_rows + slot * (STAGE / 16);
             const bool last = ++done == all;
-            if (stage > from) settle();
             const int now = slot;
             if (!EARLY) barrier_wait(filled + slot, turn);
             if (++slot == AHEAD) slot = 0, turn ^= 1;
+            // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
+            auto release = [&](int slot_read, int number) {
+                if (WIDE == 1 && lane == 0) barrier_arrive(used + slot_read);
+                if (WIDE > 1 && lane < CLUSTER && number + AHEAD <= all) barrier_arrive(used + slot_read, lane);
+            };
             if constexpr (FOLD) {  // the tensor cores add up all of K; a stage has been read when the next one's first products wait
 #pragma unroll
                 for (int batch = 0; batch < 2; ++batch) {
@@ -357,27 +323,6 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                         for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[p][i / 2 % 2] * part[p][i];
                 }
             }
-        }
-
-        settle();
-        if (STREAM_K && adds) {  // the nearest block's first, so that the order is the same always
-#pragma unroll 1
-            for (int other = 0; other < others; ++other)
-#pragma unroll
-                for (int portion = 0; portion < PORTIONS; ++portion) {
-                    const unsigned char* const from_ring = shared + slot * STAGE + warp * (PORTION_BLOCKS * 512) + lane * 16;
-                    barrier_wait(filled + slot, turn);
-#pragma unroll
-                    for (int i = 0; i < PORTION_BLOCKS; ++i) {
-                        const float4 more = *reinterpret_cast<const float4*>(from_ring + i * 512);
-                        float* const v = total + (portion * PORTION_BLOCKS + i) * 4;
-                        v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
-                    }
-                    __syncwarp();
-                    release(slot, ++done);
-                    if (++slot == AHEAD) slot = 0, turn ^= 1;
-                }
-            if (EARLY && done < all) barrier_wait(filled + slot, turn), unpack(slot * STAGE, 0);
         }
 
         // Results, PASS rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
@@ -509,15 +454,36 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 store(own, rank_k * OWN_M);
             }
             ++step;
-        } else if (STREAM_K && upto < STAGES) {
-            // The beginning of a tile is left to the block that has its end.
-            unsigned char* const to = left_by(worker) + warp * (PORTION_BLOCKS * 512) + lane * 16;
+        } else if (STREAM_K && (from > 0 || upto < STAGES)) {
+            // A block leaves the beginning of a tile to the block that has its end. Warp by warp: a fragment is one warp's.
+            const int warp = uniform(index / 32);
+            auto left_by = [&](int block) {
+                return reinterpret_cast<float*>(workspace + FLAG_BYTES) + (block * (TEAMS * 4) + warp) * (TILE_M / 8 * 128) + lane * 4;
+            };
+            auto flag_of = [&](int block) { return reinterpret_cast<unsigned*>(workspace) + block * (TEAMS * 4) + warp; };
+            if (upto < STAGES) {
+                float* const to = left_by(blockIdx.x);
 #pragma unroll
-            for (int i = 0; i < TILE_M / 8; ++i)
-                *reinterpret_cast<float4*>(to + i / PORTION_BLOCKS * (LEFT_BYTES / PORTIONS) + i % PORTION_BLOCKS * 512) =
-                    float4{total[i * 4], total[i * 4 + 1], total[i * 4 + 2], total[i * 4 + 3]};
-            owed = true;
-            if (done == all) settle();
+                for (int i = 0; i < TILE_M / 8; ++i)
+                    *reinterpret_cast<float4*>(to + i * 128) = float4{total[i * 4], total[i * 4 + 1], total[i * 4 + 2], total[i * 4 + 3]};
+                __syncwarp();
+                if (lane == 0) raise_flag(flag_of(blockIdx.x));
+            } else {
+                for (int other = worker - 1; from > 0; --other) {
+                    const int block = other * CLUSTER + rank;
+                    wait_for_flag(flag_of(block));
+                    const float* const more = left_by(block);
+#pragma unroll
+                    for (int i = 0; i < TILE_M / 8; ++i) {
+                        const float4 v = load_of_other(more + i * 128);
+                        total[i * 4] += v.x, total[i * 4 + 1] += v.y, total[i * 4 + 2] += v.z, total[i * 4 + 3] += v.w;
+                    }
+                    __syncwarp();
+                    if (lane == 0) lower_flag(flag_of(block));
+                    if (share_of(other) <= tile * STAGES) break;
+                }
+                store(total, 0);
+            }
         } else {
             store(total, 0);
         }
