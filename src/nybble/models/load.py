@@ -1,4 +1,4 @@
-"""A checkpoint folder in, a Hugging Face model with packed 4-bit layers out.
+"""A checkpoint folder in, a Hugging Face model with packed 4-bit and 8-bit layers out.
 
 The order matters: the folder's JSON, then every file's header, then an empty model on the meta device, and only when
 all of them agree (:class:`_Plan`) is a tensor read and moved to the device. Transformers gives the model's code and
@@ -50,7 +50,7 @@ def load(
 ) -> PreTrainedModel:
     """Load a local folder: a GPT-NeoX, Llama, Qwen2, Qwen3 or GPT-2 causal language model.
 
-    Quantised linear layers (GPTQ v1 and v2, AWQ GEMM, 4 bits) become :class:`~nybble.models.layers.W4A16Linear`; a
+    Quantised linear layers (GPTQ v1 and v2 of 4 or 8 bits, AWQ GEMM of 4) become :class:`~nybble.models.layers.W4A16Linear`; a
     folder without quantisation loads as it is. Nothing is downloaded.
 
     Args:
@@ -286,7 +286,7 @@ def _fill(
 
 def _refuse_to_save(*_: object, **__: object) -> None:
     raise UnsupportedError(
-        "save_pretrained: the packed 4-bit layers of a model from nybble.load have no format on disk that other "
+        "save_pretrained: the packed layers of a model from nybble.load have no format on disk that other "
         "programs read. Keep the folder that it was loaded from."
     )
 
