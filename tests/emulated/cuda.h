@@ -116,6 +116,14 @@ static unsigned char* shared_at(Block& block, size_t address, size_t bytes) {
     return block.shared.data() + address;
 }
 
+// Byte i of the result is that of the eight bytes {a, b} which nibble i of the selector names.
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
+}
+
 struct uint4 {
     unsigned x, y, z, w;
 };

@@ -54,9 +54,9 @@ template <typename T> static PairOf<T> __hmul2(PairOf<T> a, PairOf<T> b) {
     for (int i = 0; i < 2; ++i) d.v[i] = from_float<T>(to_float(a.v[i]) * to_float(b.v[i]));
     return d;
 }
-static half2 __hfma2(half2 a, half2 b, half2 c) {
-    half2 d;
-    for (int i = 0; i < 2; ++i) d.v[i] = from_float<half_t>(to_float(a.v[i]) * to_float(b.v[i]) + to_float(c.v[i]));
+template <typename T> static PairOf<T> __hfma2(PairOf<T> a, PairOf<T> b, PairOf<T> c) {
+    PairOf<T> d;
+    for (int i = 0; i < 2; ++i) d.v[i] = from_float<T>(to_float(a.v[i]) * to_float(b.v[i]) + to_float(c.v[i]));
     return d;
 }
 static half_t __ushort_as_half(unsigned short bits) { return {bits}; }

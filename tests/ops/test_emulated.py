@@ -249,6 +249,42 @@ def test_gemm(case: W4A16Case, form: cost.Form, ahead: int, clusters: int) -> No
     many(case, form, ahead, clusters)
 
 
+# Weights of 8 bits in both kernels: halves of units, groups of every part of one, zero points up to 255, act-order, tiles
+# of K and N that are not full, what goes around.
+BYTES_FEW: list[tuple[W4A16Case, int, dict[str, int]]] = [
+    (W4A16Case(1, 128, 1024, bits=8), 2, {}),
+    (W4A16Case(1, 72, 200, 32, BRAIN, symmetric=False, bits=8), 2, {}),
+    (W4A16Case(3, 136, 328, 16, symmetric=False, act_order=True, bias=True, bits=8), 3, {}),
+    (W4A16Case(8, 200, 712, 64, BRAIN, symmetric=False, bias=True, bits=8), 1, {"TEAMS": 2, "SLICES": 2, "AHEAD": 2}),
+    (W4A16Case(16, 136, 456, 128, BRAIN, act_order=True, scale_dtype=HALF, bits=8), 2, {"CLUSTER": 4}),
+    (W4A16Case(61, 256, 512, 32, symmetric=False, bits=8), 1, {"CLUSTER": 8, "SUM_ROWS": 16, "AHEAD": 2}),
+    (W4A16Case(5, 256, 448, -1, norm="layernorm", activation="silu_mul", residual=True, bits=8), 2, {}),
+]
+BYTES_MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
+    (W4A16Case(64, 128, 512, bits=8), (64, 2, 1, 1, 1, 0), 3, 1),
+    (W4A16Case(61, 200, 712, 64, BRAIN, symmetric=False, bias=True, bits=8), (64, 1, 1, 1, 1, 0), 2, 2),
+    (W4A16Case(130, 72, 200, 32, symmetric=False, act_order=True, bits=8), (64, 1, 1, 1, 1, 0), 2, 2),
+    (W4A16Case(16, 512, 1024, 16, symmetric=False, activation="silu_mul", bits=8), (16, 2, 2, 2, 2, 0), 2, 1),
+    (W4A16Case(33, 256, 256, -1, scale_dtype=FLOAT, residual=True, bits=8), (64, 3, 1, 1, 1, 0), 2, 2),
+    (W4A16Case(150, 320, 384, 256, BRAIN, symmetric=False, bits=8), (128, 2, 1, 2, 1, 0), 2, 2),
+    (W4A16Case(61, 520, 712, symmetric=False, bias=True, residual=True, bits=8), (64, 2, 1, 2, 1, 1), 2, 2),
+    (W4A16Case(40, 1032, 384, 64, BRAIN, bias=True, activation="gelu", bits=8), (32, 3, 1, 1, 1, 1), 2, 5),
+    (W4A16Case(300, 128, 512, bits=8), (256, 2, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(260, 200, 712, 64, BRAIN, symmetric=False, bias=True, bits=8), (256, 1, 1, 2, 1, 0), 2, 2),
+    (W4A16Case(260, 256, 968, 16, symmetric=False, bits=8), (256, 2, 1, 1, 1, 1), 2, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "workers", "changed"), BYTES_FEW, ids=lambda value: str(value)[:80])
+def test_wgmma_with_8_bits(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
+    few("wgmma", case, workers, changed)
+
+
+@pytest.mark.parametrize(("case", "form", "ahead", "clusters"), BYTES_MANY, ids=lambda value: str(value)[:80])
+def test_gemm_with_8_bits(case: W4A16Case, form: cost.Form, ahead: int, clusters: int) -> None:
+    many(case, form, ahead, clusters)
+
+
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
 @pytest.mark.parametrize("variant", ["stream", "wgmma"])
 def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 // q8_1: half a block of Q8_1, llama.cpp's quantised activations: 16 of 32 values, the other half being the neighbour lane's.
 #pragma once
-#include "int8.cuh"
+#include "s8.cuh"
 #include "vectors.cuh"
 
 constexpr float TINIEST = 7.5231638e-37f;  // 2^-120: a block of smaller values counts as zeros; d in float16 is 0 anyway

@@ -89,10 +89,13 @@ def pack_awq(w: QuantizedWeight) -> dict[str, torch.Tensor]:
         ``qweight``, ``qzeros`` and ``scales``.
 
     Raises:
-        ValueError: K or N is not a multiple of 8, or ``w.g_idx`` is there, for which the layout has no place.
+        ValueError: K or N is not a multiple of 8, ``w`` has other than 4 bits, or ``w.g_idx`` is there, for which the
+            layout has no place.
     """
     origin = Origin("pack_awq")
     check_packable(w.in_features, w.out_features, origin)
+    if w.bits != 4:
+        raise origin.refuse("w.bits", "4", w.bits, why="AWQ GEMM packs nibbles; use pack_gptq")
     if w.g_idx is not None:
         raise origin.refuse("w.g_idx", "None", "act-order", why="AWQ GEMM has no g_idx; use pack_gptq")
     return {

@@ -18,7 +18,13 @@ from safetensors import SafetensorError, safe_open
 from nybble.formats.awq import awq_forms, unpack_awq
 from nybble.formats.gptq import gptq_forms, unpack_gptq
 from nybble.formats.grouped import QuantizedWeight
-from nybble.formats.quantization import Override, QuantizationConfig, read_quantization
+from nybble.formats.quantization import (
+    SUPPORTED_BITS,
+    Override,
+    QuantizationConfig,
+    only_bits,
+    read_quantization,
+)
 from nybble.formats.words import NIBBLES, SCALE, WORD, Form, Origin, check_packable, features_per_group
 from nybble.runtime.errors import CheckpointError
 
@@ -251,7 +257,7 @@ def load_quantized(
         checkpoint: the files.
         config: what they say of their quantisation.
         module_name: such as ``"model.layers.0.mlp.down_proj"``.
-        device: where it is unpacked. The words travel as they are: 4 bits a weight.
+        device: where it is unpacked. The words travel as they are: 4 or 8 bits a weight.
 
     Raises:
         CheckpointError: as :func:`preflight`, for this module; or scales that are not finite, or a ``g_idx`` that
@@ -262,7 +268,9 @@ def load_quantized(
     if len(shape) != 2 or dtype not in WORD:
         reason = f"expected int32 with 2 dimensions, got {dtype} {list(shape)}"
         raise CheckpointError(checkpoint.file_of(tensor), tensor, reason)
-    k, n = (NIBBLES * shape[0], shape[1]) if config.method == "gptq" else (shape[0], NIBBLES * shape[1])
+    own = config.for_module(module_name)
+    each = NIBBLES if own is None or own.bits not in SUPPORTED_BITS[own.method] else 32 // own.bits  # or refused below
+    k, n = (each * shape[0], shape[1]) if config.method == "gptq" else (shape[0], each * shape[1])
     plan = _plan(checkpoint, config, module_name, k, n)
     config, file = plan.config, str(checkpoint.file_of(tensor))
     tensors = {short: checkpoint.tensor(name) for short, name in plan.tensors.items() if short in _PACKED}
@@ -276,6 +284,7 @@ def load_quantized(
         return unpack_gptq(
             **tensors,
             group_size=plan.group_size,
+            bits=config.bits,
             checkpoint_format=config.checkpoint_format,
             symmetric=config.sym,
             file=file,
@@ -334,8 +343,8 @@ def _plan(checkpoint: Checkpoint, config: QuantizationConfig, name: str, k: int,
     if own is None:
         reason = f"quantised, but {config.source_file.name} says that the module is not"
         raise CheckpointError(file, f"{name}.qweight", reason)
-    if own.bits != 4:
-        reason = f"quantised to {own.bits} bits (dynamic): only 4-bit weights are supported"
+    if own.bits not in SUPPORTED_BITS[own.method]:
+        reason = f"quantised to {own.bits} bits (dynamic): {only_bits(own.method)}"
         raise CheckpointError(config.source_file, name, reason)
     for short in ("qweight", "qzeros", "scales"):
         if short not in present:
@@ -348,7 +357,7 @@ def _plan(checkpoint: Checkpoint, config: QuantizationConfig, name: str, k: int,
     check_packable(k, n, origin)
     group_size = features_per_group(own.group_size, k, origin)
     _check_bits(checkpoint, present["qweight"], own, k, n)
-    forms = (gptq_forms if own.method == "gptq" else awq_forms)(k, n, group_size)
+    forms = gptq_forms(k, n, group_size, own.bits) if own.method == "gptq" else awq_forms(k, n, group_size)
     forms["bias"] = Form("[N]", (n,), SCALE)
     for short in present:
         if short not in forms:
@@ -370,8 +379,11 @@ def _check_header(checkpoint: Checkpoint, short: str, form: Form, module: str) -
 def _check_bits(checkpoint: Checkpoint, name: str, config: QuantizationConfig, k: int, n: int) -> None:
     """Says the bit width of a qweight packed with another one, rather than only that its shape is wrong."""
     shape, _ = checkpoint.shape_dtype(name)
-    for bits in (2, 3, 8):
+    for bits in {2, 3, 4, 8} - {config.bits}:
         packed = (k * bits // 32, n) if config.method == "gptq" else (k, n * bits // 32)
         if shape == packed:
-            reason = f"its shape {list(shape)} is that of {bits}-bit weights; only 4-bit weights are supported"
+            says = f"{config.source_file.name} says {config.bits}"
+            if bits not in SUPPORTED_BITS[config.method]:
+                says = only_bits(config.method)
+            reason = f"its shape {list(shape)} is that of {bits}-bit weights; {says}"
             raise CheckpointError(checkpoint.file_of(name), name, reason)

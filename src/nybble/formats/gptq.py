@@ -9,8 +9,11 @@
 
     W[k, n] = scales[g, n] * (q[k, n] - z[g, n])
 
+With 8 bits a word holds four values, bytes in the same order: qweight is ``[K/4, N]``, qzeros ``[G, N/4]``.
+
 ``checkpoint_format`` "gptq_v2" stores z. "gptq" (v1, and every file that names no format) stores each *word* of z
-less 0x11111111: a zero point of 0 has borrowed from its neighbour, so the word is restored, never the nibble.
+less 0x11111111 (8 bits: 0x01010101): a zero point of 0 has borrowed from its neighbour, so the word is restored, never
+the nibble.
 """
 
 from __future__ import annotations
@@ -19,9 +22,8 @@ import warnings
 
 import torch
 
-from nybble.formats.grouped import QuantizedWeight
+from nybble.formats.grouped import BITS, QuantizedWeight
 from nybble.formats.words import (
-    NIBBLES,
     SCALE,
     WORD,
     Form,
@@ -38,18 +40,21 @@ from nybble.formats.words import (
 
 FORMATS = ("gptq", "gptq_v2")
 
-_ONE_EACH = 0x11111111
+_ONE_EACH = {4: 0x11111111, 8: 0x01010101}
 _WORD_MASK = 0xFFFFFFFF
-_SYMMETRIC_WORD = {"gptq": 0x77777777, "gptq_v2": 0x88888888}
-"""The word that each format stores for eight zero points of 8."""
+_SYMMETRIC_WORD = {
+    4: {"gptq": 0x77777777, "gptq_v2": 0x88888888},
+    8: {"gptq": 0x7F7F7F7F, "gptq_v2": 0x80808080},
+}
+"""By bits, the word that each format stores for zero points of 8, or of 128."""
 
 
-def gptq_forms(k: int, n: int, group_size: int) -> dict[str, Form]:
+def gptq_forms(k: int, n: int, group_size: int, bits: int = 4) -> dict[str, Form]:
     """What the tensors of a layer with ``k`` inputs and ``n`` outputs must look like; ``g_idx`` may be absent."""
-    groups = -(-k // group_size)
+    groups, each = -(-k // group_size), 32 // bits
     return {
-        "qweight": Form("[K/8, N]", (k // NIBBLES, n), WORD),
-        "qzeros": Form("[G, N/8]", (groups, n // NIBBLES), WORD),
+        "qweight": Form(f"[K/{each}, N]", (k // each, n), WORD),
+        "qzeros": Form(f"[G, N/{each}]", (groups, n // each), WORD),
         "scales": Form("[G, N]", (groups, n), SCALE),
         "g_idx": Form("[K]", (k,), WORD),
     }
@@ -62,22 +67,24 @@ def unpack_gptq(
     g_idx: torch.Tensor | None = None,
     *,
     group_size: int,
+    bits: int = 4,
     checkpoint_format: str = "gptq",
     symmetric: bool | None = None,
     file: str = "",
     name: str = "",
 ) -> QuantizedWeight:
-    """A GPTQ layer's tensors as the one meaning of a 4-bit weight.
+    """A GPTQ layer's tensors as the one meaning of a quantised weight.
 
     Args:
-        qweight: int32 ``[K/8, N]``.
-        qzeros: int32 ``[G, N/8]``.
+        qweight: int32 ``[K/8, N]``, or ``[K/4, N]`` with 8 bits.
+        qzeros: int32 ``[G, N/8]``, or ``[G, N/4]`` with 8 bits.
         scales: ``[G, N]`` float16, bfloat16 or float32; kept as they are.
         g_idx: int32 ``[K]`` or ``None``. One that says no more than ``k // group_size`` is dropped.
         group_size: 16, 32, 64, 128, 256, or -1 for one group of K features.
+        bits: of a value, 4 or 8.
         checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``.
         symmetric: what the file says of itself. ``True`` lets a file that carries the wrong format name be seen
-            (its zero points would all be 9 or 7): it is read as the format it is, with a warning.
+            (its zero points would all be one off): it is read as the format it is, with a warning.
         file, name: file and module, for messages.
 
     Returns:
@@ -90,18 +97,20 @@ def unpack_gptq(
     origin = Origin("unpack_gptq", file, name)
     if checkpoint_format not in FORMATS:
         raise origin.refuse("checkpoint_format", f"one of {FORMATS}", repr(checkpoint_format))
+    if bits not in BITS:
+        raise origin.refuse("bits", f"one of {BITS}", bits)
     check_words("qweight", qweight, origin)
-    k, n = NIBBLES * qweight.shape[0], qweight.shape[1]
+    k, n = 32 // bits * qweight.shape[0], qweight.shape[1]
     check_packable(k, n, origin)
     group_size = features_per_group(group_size, k, origin)
-    forms = gptq_forms(k, n, group_size)
+    forms = gptq_forms(k, n, group_size, bits)
     check_tensor("qzeros", qzeros, forms["qzeros"], origin)
     check_tensor("scales", scales, forms["scales"], origin)
     if g_idx is not None:
         check_tensor("g_idx", g_idx, forms["g_idx"], origin)
         g_idx = _without_trivial(g_idx, group_size, scales.shape[0], origin)
-    zeros = unpack_columns(_true_zero_words(qzeros, checkpoint_format, symmetric, origin))
-    return QuantizedWeight(unpack_rows(qweight), zeros, scales, group_size, g_idx)
+    zeros = unpack_columns(_true_zero_words(qzeros, bits, checkpoint_format, symmetric, origin), bits=bits)
+    return QuantizedWeight(unpack_rows(qweight, bits), zeros, scales, group_size, g_idx, bits)
 
 
 def pack_gptq(w: QuantizedWeight, *, checkpoint_format: str = "gptq_v2") -> dict[str, torch.Tensor]:
@@ -122,11 +131,11 @@ def pack_gptq(w: QuantizedWeight, *, checkpoint_format: str = "gptq_v2") -> dict
     if checkpoint_format not in FORMATS:
         raise origin.refuse("checkpoint_format", f"one of {FORMATS}", repr(checkpoint_format))
     check_packable(w.in_features, w.out_features, origin)
-    qzeros = pack_columns(w.zeros)
+    qzeros = pack_columns(w.zeros, bits=w.bits)
     if checkpoint_format == "gptq":
-        qzeros = _add_to_words(qzeros, -_ONE_EACH)
+        qzeros = _add_to_words(qzeros, -_ONE_EACH[w.bits])
     return {
-        "qweight": pack_rows(w.q),
+        "qweight": pack_rows(w.q, w.bits),
         "qzeros": qzeros,
         "scales": w.scales,
         "g_idx": w.group_of().to(torch.int32),
@@ -140,21 +149,21 @@ def _add_to_words(words: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _true_zero_words(
-    qzeros: torch.Tensor, checkpoint_format: str, symmetric: bool | None, origin: Origin
+    qzeros: torch.Tensor, bits: int, checkpoint_format: str, symmetric: bool | None, origin: Origin
 ) -> torch.Tensor:
-    """int32 ``[G, N/8]`` words of the zero points themselves."""
+    """int32 words of the zero points themselves, in the shape of ``qzeros``."""
     if symmetric:
         (other,) = set(FORMATS) - {checkpoint_format}
-        if bool(((qzeros.to(torch.int64) & _WORD_MASK) == _SYMMETRIC_WORD[other]).all()):
+        if bool(((qzeros.to(torch.int64) & _WORD_MASK) == _SYMMETRIC_WORD[bits][other]).all()):
             # No module name: a mislabelled file is wrong in every module, and one warning a file is enough.
             warnings.warn(
                 f"{origin.file or origin.module or origin.operation}: says checkpoint_format {checkpoint_format!r} "
-                f"and sym, but its zero points are stored as {other!r} stores 8; read as {other!r}",
+                f"and sym, but its zero points are stored as {other!r} stores {1 << (bits - 1)}; read as {other!r}",
                 UserWarning,
                 stacklevel=3,
             )
             checkpoint_format = other
-    return _add_to_words(qzeros, _ONE_EACH) if checkpoint_format == "gptq" else qzeros
+    return _add_to_words(qzeros, _ONE_EACH[bits]) if checkpoint_format == "gptq" else qzeros
 
 
 def _without_trivial(g_idx: torch.Tensor, group_size: int, groups: int, origin: Origin) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The one meaning of a grouped 4-bit weight, to which every format unpacks."""
+"""The one meaning of a grouped 4-bit or 8-bit weight, to which every format unpacks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from nybble.runtime.errors import wrong_type, wrong_value
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """Group sizes along K that are supported, besides one group for the whole of K."""
 
+BITS = (4, 8)
+"""Bits of a value that are supported."""
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])`` with ``g = g_idx[k]``, or ``k // group_size``.
 
     Attributes:
-        q: uint8 ``[K, N]``, values 0..15.
-        zeros: uint8 ``[G, N]``, values 0..15 (8 everywhere when symmetric), the true zero points of every format.
+        q: uint8 ``[K, N]``, values 0..15, or 0..255 with 8 bits.
+        zeros: uint8 ``[G, N]``, values in the same range (8, or 128, everywhere when symmetric), the true zero points of
+            every format.
         scales: ``[G, N]`` float16, bfloat16 or float32.
         group_size: features of K that share a scale; K itself for one group per output channel.
         g_idx: int32 ``[K]``, the group of each input feature (act-order), or ``None`` for ``k // group_size``.
+        bits: 4 or 8.
 
     ``K`` is in_features, ``N`` out_features, ``G = ceil(K / group_size)``; the last group may be short.
 
@@ -35,9 +40,12 @@ class QuantizedWeight:
     scales: torch.Tensor
     group_size: int
     g_idx: torch.Tensor | None = None
+    bits: int = 4
 
     def __post_init__(self) -> None:
         op = "QuantizedWeight"
+        if self.bits not in BITS:
+            raise wrong_value(op, "bits", f"one of {BITS}", self.bits)
         for name, dtypes in (
             ("q", (torch.uint8,)),
             ("zeros", (torch.uint8,)),
@@ -72,7 +80,7 @@ class QuantizedWeight:
             if low < 0 or high >= groups:
                 raise wrong_value(op, "g_idx", f"groups 0..{groups - 1}", f"{low}..{high}")
         for name in ("q", "zeros"):
-            if int(getattr(self, name).max()) > 15:
+            if self.bits < 8 and int(getattr(self, name).max()) > 15:
                 raise wrong_value(op, name, "values 0..15", int(getattr(self, name).max()))
 
     @property
@@ -89,8 +97,8 @@ class QuantizedWeight:
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero point is 8, so that the kernels need not read them."""
-        return bool((self.zeros == 8).all())
+        """Whether every zero point is 8, or 128 with 8 bits, so that the kernels need not read them."""
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
 
     def group_of(self) -> torch.Tensor:
         """int64 ``[K]``: the group of each input feature."""
@@ -99,7 +107,7 @@ class QuantizedWeight:
         return torch.arange(self.in_features, device=self.q.device) // self.group_size
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight as ``[K, N]``. In float32 it is exact: an fp16 or bf16 scale times an integer of 5 bits."""
+        """The weight as ``[K, N]``. In float32 it is exact: an fp16 or bf16 scale times an integer of 5 or 9 bits."""
         group = self.group_of()
         steps = self.q.to(torch.float32) - self.zeros.to(torch.float32)[group]
         return (self.scales.to(torch.float32)[group] * steps).to(dtype)

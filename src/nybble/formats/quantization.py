@@ -23,6 +23,9 @@ from nybble.runtime.errors import CheckpointError
 SUPPORTED = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 """Method -> the tensor formats of it that are read."""
 
+SUPPORTED_BITS = {"gptq": (4, 8), "awq": (4,)}
+"""Method -> the bits of a weight that are read."""
+
 _SUPPORTED_TEXT = "; ".join(f"{method} (format {', '.join(names)})" for method, names in SUPPORTED.items())
 
 _SOURCES = (("config.json", ""), ("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
@@ -81,9 +84,10 @@ class QuantizationConfig:
 
     Attributes:
         method: ``"gptq"`` or ``"awq"``.
-        bits: 4 (an override of one module may say otherwise, and is refused when that module is quantised).
+        bits: 4, or 8 with gptq (an override of one module may say otherwise, and is refused when that module is
+            quantised and its bits are not supported).
         group_size: features per group, -1 for the whole of K.
-        sym: all zero points are 8, says the file.
+        sym: all zero points are 8 (128 with 8 bits), says the file.
         desc_act: columns were quantised by activation order, says the file. ``g_idx`` decides.
         checkpoint_format: ``"gptq"`` (v1, also where no format is named), ``"gptq_v2"`` or ``"gemm"``.
         dynamic: per-module overrides; the first that matches counts.
@@ -167,6 +171,12 @@ def _raw(file: Path) -> Mapping[str, Any] | None:
     return raw
 
 
+def only_bits(method: str) -> str:
+    """``"only 4-bit and 8-bit weights are supported"``, as the method has it."""
+    named = " and ".join(f"{bits}-bit" for bits in SUPPORTED_BITS[method])
+    return f"only {named} weights are supported" + (" with awq" if method == "awq" else "")
+
+
 def _unsupported(what: str, name: object) -> str:
     return f"{what} {name!r} is not supported; supported: {_SUPPORTED_TEXT}"
 
@@ -228,13 +238,14 @@ def _config(stated: dict[str, Any], where: Mapping[str, Path], default_method: s
     for key in ("bits", "group_size"):
         if key not in stated:
             raise refuse(key, "missing")
-    if stated["bits"] != 4:
-        raise refuse("bits", f"expected 4, got {stated['bits']}: only 4-bit weights are supported")
+    if stated["bits"] not in SUPPORTED_BITS[method]:
+        expected = " or ".join(map(str, SUPPORTED_BITS[method]))
+        raise refuse("bits", f"expected {expected}, got {stated['bits']}: {only_bits(method)}")
     if stated["group_size"] != -1 and stated["group_size"] <= 0:
         raise refuse("group_size", f"expected -1 or a positive number, got {stated['group_size']}")
     return QuantizationConfig(
         method=method,
-        bits=4,
+        bits=stated["bits"],
         group_size=stated["group_size"],
         sym=stated.get("sym", not stated.get("zero_point", method == "awq")),
         desc_act=stated.get("desc_act", False),

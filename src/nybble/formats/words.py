@@ -1,4 +1,4 @@
-"""int32 words of eight nibbles, and what a packed tensor must look like before it is read as such.
+"""int32 words of eight nibbles or four bytes, and what a packed tensor must look like before it is read as such.
 
 A check here runs alike on a file's header and on a tensor in hand, so that a refusal reads the same in both.
 """
@@ -21,51 +21,57 @@ WORD = (torch.int32,)
 SCALE = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unpack_rows(words: torch.Tensor) -> torch.Tensor:
-    """The nibbles of each word, one below the other.
+def unpack_rows(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """The values of each word, one below the other.
 
     Args:
         words: int32 ``[R, N]``.
+        bits: of a value, 4 or 8; a word holds ``P = 32 / bits`` of them, the lowest first.
 
     Returns:
-        uint8 ``[8*R, N]``: row ``8*r + i`` is nibble ``i`` of row ``r``.
+        uint8 ``[P*R, N]``: row ``P*r + i`` is value ``i`` of row ``r``.
     """
-    values = torch.empty((NIBBLES * words.shape[0], words.shape[1]), dtype=torch.uint8, device=words.device)
-    for i in range(NIBBLES):
+    each, mask = 32 // bits, (1 << bits) - 1
+    values = torch.empty((each * words.shape[0], words.shape[1]), dtype=torch.uint8, device=words.device)
+    for i in range(each):
         # the sign bits that >> drags in are masked away: no wider type is needed
-        values[i::NIBBLES] = (words >> 4 * i).bitwise_and_(15)
+        values[i::each] = (words >> bits * i).bitwise_and_(mask)
     return values
 
 
-def pack_rows(values: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`unpack_rows`: uint8 ``[8*R, N]`` to int32 ``[R, N]``."""
-    words = values[0::NIBBLES].to(torch.int32)
-    for i in range(1, NIBBLES):
-        words |= values[i::NIBBLES].to(torch.int32) << 4 * i
+def pack_rows(values: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """The inverse of :func:`unpack_rows`: uint8 ``[P*R, N]`` to int32 ``[R, N]``."""
+    each = 32 // bits
+    words = values[0::each].to(torch.int32)
+    for i in range(1, each):
+        words |= values[i::each].to(torch.int32) << bits * i
     return words
 
 
-def unpack_columns(words: torch.Tensor, order: Sequence[int] = IN_ORDER) -> torch.Tensor:
-    """The nibbles of each word, side by side.
+def unpack_columns(words: torch.Tensor, order: Sequence[int] = IN_ORDER, bits: int = 4) -> torch.Tensor:
+    """The values of each word, side by side.
 
     Args:
         words: int32 ``[R, C]``.
-        order: nibble ``i`` of word ``c`` is column ``8*c + order[i]``.
+        order: value ``i`` of word ``c`` is column ``P*c + order[i]``; of its entries the first ``P = 32 / bits`` count.
+        bits: of a value, 4 or 8.
 
     Returns:
-        uint8 ``[R, 8*C]``.
+        uint8 ``[R, P*C]``.
     """
-    values = torch.empty((words.shape[0], NIBBLES * words.shape[1]), dtype=torch.uint8, device=words.device)
-    for i, column in enumerate(order):
-        values[:, column::NIBBLES] = (words >> 4 * i).bitwise_and_(15)
+    each, mask = 32 // bits, (1 << bits) - 1
+    values = torch.empty((words.shape[0], each * words.shape[1]), dtype=torch.uint8, device=words.device)
+    for i, column in enumerate(order[:each]):
+        values[:, column::each] = (words >> bits * i).bitwise_and_(mask)
     return values
 
 
-def pack_columns(values: torch.Tensor, order: Sequence[int] = IN_ORDER) -> torch.Tensor:
-    """The inverse of :func:`unpack_columns`: uint8 ``[R, 8*C]`` to int32 ``[R, C]``."""
-    words = values[:, order[0] :: NIBBLES].to(torch.int32)
-    for i, column in enumerate(order[1:], start=1):
-        words |= values[:, column::NIBBLES].to(torch.int32) << 4 * i
+def pack_columns(values: torch.Tensor, order: Sequence[int] = IN_ORDER, bits: int = 4) -> torch.Tensor:
+    """The inverse of :func:`unpack_columns`: uint8 ``[R, P*C]`` to int32 ``[R, C]``."""
+    each = 32 // bits
+    words = values[:, order[0] :: each].to(torch.int32)
+    for i, column in enumerate(order[1:each], start=1):
+        words |= values[:, column::each].to(torch.int32) << bits * i
     return words
 
 
@@ -135,7 +141,7 @@ def features_per_group(group_size: int, k: int, origin: Origin) -> int:
 
 
 def check_packable(k: int, n: int, origin: Origin) -> None:
-    """Refuses a weight whose sides don't fill words: the formats pack eight values a word, along K or along N."""
+    """Refuses a weight whose sides don't fill words of eight nibbles, along K or along N; with bytes no others either."""
     for axis, size in (("K (in_features)", k), ("N (out_features)", n)):
         if size % NIBBLES:
             raise origin.refuse("qweight", f"{axis} to be a multiple of {NIBBLES}", size)

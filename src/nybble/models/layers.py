@@ -1,4 +1,4 @@
-"""The 4-bit linear layer: a packed weight that behaves as a torch module."""
+"""The linear layer with 4-bit or 8-bit weights: a packed weight that behaves as a torch module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nybble.ops.w4a16.op import w4a16_linear
 
 
 class W4A16Linear(nn.Module):
-    """``y = x @ W + bias`` with a 4-bit weight in the kernels' tile layout. For inference only.
+    """``y = x @ W + bias`` with a weight of 4 or 8 bits in the kernels' tile layout. For inference only.
 
     The tensors are Parameters without gradient, so ``state_dict``, ``deepcopy`` and ``.to(device)`` carry them;
     ``.half()`` and ``.bfloat16()`` change the scales and the bias only.
@@ -21,14 +21,15 @@ class W4A16Linear(nn.Module):
 
     Attributes:
         qweight, scales, qzeros, perm: the tensors of :class:`~nybble.formats.tiles.PackedWeight`; ``qzeros`` is
-            ``None`` when every zero point is 8, ``perm`` is ``None`` without act-order.
+            ``None`` when every zero point is 8 (of 8 bits: 128), ``perm`` is ``None`` without act-order.
         bias: ``[out_features]`` or ``None``.
-        in_features, out_features, group_size: as in the packed weight.
+        in_features, out_features, group_size, bits: as in the packed weight.
     """
 
     in_features: int
     out_features: int
     group_size: int
+    bits: int
     qweight: Tensor
     scales: Tensor
     qzeros: Tensor | None
@@ -38,7 +39,7 @@ class W4A16Linear(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.group_size = weight.group_size
+        self.group_size, self.bits = weight.group_size, weight.bits
         for name in ("qweight", "scales", "qzeros", "perm"):
             self.register_parameter(name, _constant(getattr(weight, name)))
         self.register_parameter("bias", _constant(bias))
@@ -74,6 +75,7 @@ class W4A16Linear(nn.Module):
             in_features=self.in_features,
             out_features=self.out_features,
             group_size=self.group_size,
+            bits=self.bits,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class W4A16Linear(nn.Module):
         flags = [name for name, on in (("zero points", self.qzeros), ("act-order", self.perm)) if on is not None]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, "
-            f"bias={self.bias is not None}" + "".join(f", {flag}" for flag in flags)
+            f"bits={self.bits}, bias={self.bias is not None}" + "".join(f", {flag}" for flag in flags)
         )
 
 

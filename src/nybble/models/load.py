@@ -1,4 +1,4 @@
-"""A checkpoint folder in, a Hugging Face model with packed 4-bit layers out; GGUF files are ``gguf_load``'s.
+"""A checkpoint folder in, a Hugging Face model with packed 4-bit and 8-bit layers out; GGUF files are ``gguf_load``'s.
 
 The order matters: the folder's JSON, then every file's header, then an empty model on the meta device, and only when
 all of them agree (:class:`_Plan`) is a tensor read and moved to the device. Transformers gives the model's code and
@@ -51,9 +51,10 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model: a folder (GPT-NeoX, Llama, Qwen2, Qwen3, GPT-2) or a GGUF file (Llama, Qwen2).
 
-    Quantised linear layers (GPTQ v1 and v2, AWQ GEMM, 4 bits) become :class:`~nybble.models.layers.W4A16Linear`; a
-    folder without quantisation loads as it is. Of a GGUF file, linear layers in Q4_0 become the same; other tensors
-    (F32, F16, BF16, Q8_0, Q6_K, and embeddings in Q4_0) become floats. Nothing is downloaded.
+    Quantised linear layers (GPTQ v1 and v2 of 4 or 8 bits, AWQ GEMM of 4) become
+    :class:`~nybble.models.layers.W4A16Linear`; a folder without quantisation loads as it is. Of a GGUF file, linear
+    layers in Q4_0 become the same; other tensors (F32, F16, BF16, Q8_0, Q6_K, and embeddings in Q4_0) become floats.
+    Nothing is downloaded.
 
     Args:
         path: folder with ``config.json`` and safetensors files, or a ``.gguf`` file.
@@ -294,7 +295,7 @@ def _fill(
 def refuse_to_save(*_: object, **__: object) -> None:
     """``save_pretrained`` of a model with packed layers."""
     raise UnsupportedError(
-        "save_pretrained: the packed 4-bit layers of a model from nybble.load have no format on disk that other "
+        "save_pretrained: the packed layers of a model from nybble.load have no format on disk that other "
         "programs read. Keep the folder that it was loaded from."
     )
 

@@ -1,4 +1,5 @@
-"""Peers of the 4-bit linear: the weight in 16 bits (cuBLAS), PyTorch's int4 matmul, GemLite, vLLM's Marlin and Machete.
+"""Peers of the 4-bit linear: the weight in 16 bits (cuBLAS; with 8 bits it alone), PyTorch's int4 matmul, GemLite, and
+vLLM's Marlin and Machete.
 
 Each gets the same quantised weight in its own layout. Where a layout can't hold the zero points or the activation
 order exactly, the peer is left out with that reason rather than timed on another weight.
@@ -26,6 +27,11 @@ def _parts(inputs: Any) -> tuple[torch.Tensor, QuantizedWeight, torch.Tensor | N
     return x, inputs.quantized, inputs.bias
 
 
+def _nibbles(weight: QuantizedWeight) -> None:
+    if weight.bits != 4:
+        raise Inapplicable(f"set up here for 4-bit weights, not {weight.bits}")
+
+
 def _sequential(weight: QuantizedWeight) -> None:
     if weight.g_idx is not None:
         raise Inapplicable("no act-order")
@@ -42,6 +48,7 @@ def _dense(case: Case, inputs: Any) -> Call:
 
 def _int4pack(case: Case, inputs: Any) -> Call:
     x, weight, bias = _parts(inputs)
+    _nibbles(weight)
     _sequential(weight)
     k, n = weight.in_features, weight.out_features
     if weight.group_size not in (32, 64, 128, 256):
@@ -73,6 +80,7 @@ def _gemlite(case: Case, inputs: Any) -> Call:
     from gemlite.core import DType, GemLiteLinearTriton
 
     x, weight, bias = _parts(inputs)
+    _nibbles(weight)
     _sequential(weight)
     if x.device.type != "cuda":
         raise Inapplicable("CUDA only")
@@ -106,6 +114,7 @@ def _marlin(case: Case, inputs: Any) -> Call:
     from nybble.formats.gptq import pack_gptq
 
     x, weight, bias = _parts(inputs)
+    _nibbles(weight)
     k, n = weight.in_features, weight.out_features
     per_channel = weight.group_size == k
     if not per_channel and weight.group_size not in (32, 64, 128):
@@ -165,6 +174,7 @@ def _machete(case: Case, inputs: Any) -> Call:
     from nybble.formats.gptq import pack_gptq
 
     x, weight, bias = _parts(inputs)
+    _nibbles(weight)
     _sequential(weight)
     if weight.group_size not in (64, 128, weight.in_features):
         raise Inapplicable(f"groups of 64, 128 or one for all of K, not {weight.group_size}")

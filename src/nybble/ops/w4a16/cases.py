@@ -1,4 +1,4 @@
-"""Inputs of the 4-bit linear for tests, benches and the compile gate."""
+"""Inputs of the 4-bit or 8-bit linear for tests, benches and the compile gate."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ class W4A16Case(Case):
     norm: str = ""
     activation: str = ""
     residual: bool = False
+    bits: int = 4
     op: ClassVar[str] = "w4a16"
     function: str = field(default="w4a16_linear", init=False)
 
@@ -76,19 +77,19 @@ class W4A16Case(Case):
         draw = torch.Generator(device).manual_seed(seed)
         size = self.k if self.group_size == -1 else self.group_size
         groups = -(-self.k // size)
-        q = torch.randint(0, 16, (self.k, self.n), generator=draw, device=device, dtype=torch.uint8)
+        q = torch.randint(0, 1 << self.bits, (self.k, self.n), generator=draw, device=device, dtype=torch.uint8)
         if self.symmetric:
-            zeros = torch.full((groups, self.n), 8, device=device, dtype=torch.uint8)
+            zeros = torch.full((groups, self.n), 1 << (self.bits - 1), device=device, dtype=torch.uint8)
         else:
-            zeros = torch.randint(0, 16, (groups, self.n), generator=draw, device=device, dtype=torch.uint8)
+            zeros = torch.randint(0, 1 << self.bits, (groups, self.n), generator=draw, device=device, dtype=torch.uint8)
         scales = 0.5 + torch.rand(groups, self.n, generator=draw, device=device)
-        scales = (scales * (0.2 / self.k**0.5)).to(self.scale_dtype or self.dtype)
+        scales = (scales * (3.2 / 2**self.bits / self.k**0.5)).to(self.scale_dtype or self.dtype)
         g_idx = None
         if self.act_order:
             order = torch.randperm(self.k, generator=draw, device=device)
             g_idx = torch.empty(self.k, device=device, dtype=torch.int32)
             g_idx[order] = torch.arange(self.k, device=device, dtype=torch.int32) // size
-        return QuantizedWeight(q, zeros, scales, size, g_idx)
+        return QuantizedWeight(q, zeros, scales, size, g_idx, self.bits)
 
     def make(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
         quantized = self.quantized(device, seed)
@@ -179,7 +180,7 @@ class W4A16Case(Case):
         scale_dtype = self.scale_dtype or self.dtype
         return cost.Spec(
             m, self.n, self.k, size, self.dtype, scale_dtype, not self.symmetric, self.act_order, self.bias, variant,
-            self.norm, self.activation, self.residual, self.norm == "layernorm",
+            self.norm, self.activation, self.residual, self.norm == "layernorm", (), self.bits,
         )  # fmt: skip
 
     def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:
@@ -201,10 +202,10 @@ class W4A16Case(Case):
     def bytes(self) -> int:
         groups = 1 if self.group_size == -1 else -(-self.k // self.group_size)
         scales = groups * self.n * (self.scale_dtype or self.dtype).itemsize
-        zeros = 0 if self.symmetric else groups * self.n // 2
+        zeros = 0 if self.symmetric else groups * self.n * self.bits // 8
         vectors = self.n * self.bias + self.k * {"": 0, "layernorm": 2, "rmsnorm": 1}[self.norm]
         activations = (self.m * (self.k + self.n_out * (1 + self.residual)) + vectors) * self.dtype.itemsize
-        return self.n * self.k // 2 + scales + zeros + activations + 4 * self.k * self.act_order
+        return self.n * self.k * self.bits // 8 + scales + zeros + activations + 4 * self.k * self.act_order
 
     @property
     def flops(self) -> int:
@@ -263,19 +264,30 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     {"n": 4096, "k": 14336, "residual": True},
 )
 
+_OPTIONS_OF_BYTES: tuple[dict[str, Any], ...] = (
+    {"symmetric": False},
+    {"group_size": -1},
+    {"act_order": True},
+    {"dtype": torch.bfloat16},
+)
+
 BENCH: tuple[W4A16Case, ...] = (
     *(W4A16Case(m, n, k) for n, k, rows in _POINTS for m in rows),
     *(replace(W4A16Case(m, 12288, 4096), **options) for options in _OPTIONS for m in (1, 16)),
+    *(W4A16Case(m, n, 4096, bits=8) for n in (12288, 4096) for m in (1, 16, 128, 1024)),
+    *(W4A16Case(1, 12288, 4096, bits=8, **options) for options in _OPTIONS_OF_BYTES),
 )
 """What a GPU is measured on."""
 
 SMALL: tuple[W4A16Case, ...] = (
     W4A16Case(1, 256, 256, 128, torch.float32),
     W4A16Case(16, 256, 256, 32, torch.float32, symmetric=False, act_order=True, bias=True),
+    W4A16Case(16, 256, 256, 128, torch.float32, symmetric=False, bits=8),
 )
 """What a CPU can run in a moment."""
 
 _PLAIN = W4A16Case(1, 4096, 4096)
+_BYTES = replace(_PLAIN, bits=8)
 GATE: tuple[W4A16Case, ...] = (
     *(W4A16Case(m, 4096, 4096, g, d) for m in (1, 16, 32, 64) for g in (32, 128) for d in cost.HALF),
     *(
@@ -300,6 +312,14 @@ GATE: tuple[W4A16Case, ...] = (
         activation="silu_mul",
         residual=True,
     ),
+    *(replace(_BYTES, m=m, dtype=d) for m in (1, 16, 64, 256) for d in cost.HALF),
+    *(replace(_BYTES, m=m, n=12288) for m in (1, 64, 1024)),
+    *(
+        replace(_BYTES, m=m, group_size=g, dtype=torch.bfloat16, symmetric=False, act_order=True, bias=True)
+        for m in (1, 16, 64, 256)
+        for g in (16, 64, -1)
+    ),
+    *(replace(_BYTES, m=m, n=12288, norm="layernorm", activation="silu_mul") for m in (1, 16)),
 )
 """What the compile gate builds: every tile, dtype and option, and shapes off the tile."""
 

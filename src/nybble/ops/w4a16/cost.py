@@ -1,4 +1,4 @@
-"""Which variant of the 4-bit linear runs, and with which tile."""
+"""Which variant of the 4-bit or 8-bit linear runs, and with which tile."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ FEW: tuple[tuple[int, float, float], ...] = (
 GATHER_US = 2.0
 """With act-order wgmma.cu gathers one row itself; more are gathered by a kernel before it, in about so long. What comes
 after it starts later than after another product, so that few rows lose more."""
+BYTES_STREAM = 1.1
+"""How many times longer than a plain read weights of 8 bits take wgmma.cu at least: what those of 4 take at one row."""
 Form = tuple[int, int, int, int, int, int]
 """Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K."""
 GEMM_FORMS = (
@@ -63,6 +65,9 @@ PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
 
+ONLY_NIBBLES = "for 4-bit weights; wgmma.cu and gemm.cu have those of 8"
+
+
 class Spec(NamedTuple):
     """All that affects compilation or choice.
 
@@ -71,12 +76,13 @@ class Spec(NamedTuple):
         n, k: output and input features.
         group_size: as :class:`nybble.PackedWeight` holds it.
         dtype: of x and y. scale_dtype: of the scales.
-        zeros, perm, bias: whether there are zero points other than 8, an act-order permutation, a bias.
+        zeros, perm, bias: whether there are zero points other than 8 (128), an act-order permutation, a bias.
         variant: ``"auto"`` or a name.
         norm: ``"layernorm"`` or ``"rmsnorm"`` of x before the product. norm_bias: whether it has a bias.
         activation: ``"gelu"``, ``"gelu_tanh"`` or ``"silu_mul"`` after the product.
         residual: whether one is added last.
         splits: the output features at which a second and a third plane of the result begin; none for one plane.
+        bits: of a value of the weight, 4 or 8.
     """
 
     m: int
@@ -94,6 +100,12 @@ class Spec(NamedTuple):
     residual: bool = False
     norm_bias: bool = False
     splits: tuple[int, ...] = ()
+    bits: int = 4
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the values alone."""
+        return self.n * self.k * self.bits // 8
 
     @property
     def inner(self) -> Spec:
@@ -111,6 +123,8 @@ class Spec(NamedTuple):
 
 def stream_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     """The constants of ``stream.cu`` for a request, or why it can't run it."""
+    if spec.bits != 4:
+        return ONLY_NIBBLES
     if spec.m > 64:
         return "for at most 64 rows"
     if spec.activation == "silu_mul" and spec.n % 32:
@@ -146,6 +160,11 @@ def stream_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     return (
         f"{spec.m} rows of {spec.k} features need {shared} bytes of shared memory a block, this GPU has {budget} for it"
     )
+
+
+def _unit_bytes(spec: Spec, parts: int) -> int:
+    """Of 64 by 128 weights in a stage, with the scales and zero points of their ``parts`` groups."""
+    return 1024 * spec.bits + parts * (64 * spec.scale_dtype.itemsize + 8 * spec.bits * spec.zeros)
 
 
 def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
@@ -197,7 +216,7 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         if teams == 1 and slices == 4 and -(-units // 3) * 3 < -(-units // 4) * 4:
             slices = 3  # fewer warpgroups wait in the last stage
         at_once = min(tile, 16 if teams == 3 else 32)
-        stage = teams * slices * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros))
+        stage = teams * slices * _unit_bytes(spec, parts)
         sums = buffers * slices * at_once * 64 * teams + (
             (cluster * max(tile, 4 * teams * slices) + tile) * 4 if spec.norm else 0
         )
@@ -231,12 +250,13 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
         return None  # spills
     of_block = math.ceil(units / ways)
     stages = math.ceil(of_block / slices)
-    stage = slices * (2 * tile * 128 + teams * (4096 + parts * (64 * spec.scale_dtype.itemsize + 32 * spec.zeros)))
+    stage = slices * (2 * tile * 128 + teams * _unit_bytes(spec, parts))
     own, rows = tile // ways, {128: 32, 256: 8}.get(tile, 16)
     rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16
     stage = math.ceil(stage / 1024) * 1024
     ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
-    if ahead < min(3, stages) or (ways - 1) * of_block >= units:
+    least = 2 if spec.bits == 8 and tile == 256 else 3  # all that fits beside 256 rows of x
+    if ahead < min(least, stages) or (ways - 1) * of_block >= units:
         return None
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
     turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * wide)) / at_once
@@ -248,7 +268,7 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
     us += stream_k * (LEFT_US[0] + LEFT_US[1] * tile * teams * max(1.0, 1 / turns))
     us *= 1 + LONG * us / (us + 600)
-    memory = GEMM_STREAM * spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) + turn
+    memory = GEMM_STREAM * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,
         "STREAM_K": stream_k, "EARLY": int(tile > 16), "AHEAD": ahead, "PASS_M": rows,
@@ -298,7 +318,7 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
         return Candidate(variant, (), None, config, refused=True)
     start, slower = next((us, times) for rows, us, times in (WGMMA if variant == "wgmma" else FEW) if spec.m <= rows)
     turns = spec.n / (64 * PAIRS)  # of all pairs of SMs; the last one is as long when it is not full
-    memory = spec.n * spec.k / 2 / ((hardware.read_tbps or 1.0) * 1e6) * max(1.0, math.ceil(turns) / turns / 1.03)
+    memory = spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) * max(1.0, math.ceil(turns) / turns / 1.03)
     features = 64 * config["TEAMS"] if variant == "wgmma" else 16 * config["STRIPS"] * config["WARPS_N"]
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
     if variant == "wgmma":
@@ -320,16 +340,18 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
         start, slower = 1.6 * start, 1.4 * slower  # more loads a chunk than registers to have them on their way in
     if variant == "stream" and spec.norm:
         start += 9.0 * spec.k / 4096  # a warp a row
+    if spec.bits == 8:  # as much arithmetic as with 4 bits, for twice the bytes
+        slower = max(slower / 2, BYTES_STREAM)
     return Candidate(variant, tuple(config.items()), start + slower * memory, reason)
 
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
-    weight_bytes = spec.n * spec.k // 2
+    weight_bytes = spec.weight_bytes
     flops = 2 * spec.m * spec.n * spec.k
     # Dequantising writes and reads fp32, about 20 bytes a weight in all; the product is fp32 on CUDA cores.
     read, single = ((hardware.read_tbps or 1.0), 50.0) if hardware else (0.02, 0.1)
-    us = 40.0 + 40 * weight_bytes / (read * 1e6) + flops / (single * 1e6)
+    us = 40.0 + 20 * spec.n * spec.k / (read * 1e6) + flops / (single * 1e6)
     reference = Candidate("reference", (), us, "PyTorch: dequantise, then multiply in fp32")
     reason = ""
     if hardware is None:
@@ -348,6 +370,8 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     reason = f"{tile} rows x 64 features a block, {slices} slices along K"
     config = (("TILE_M", tile), ("SLICES", slices))
     mma = Candidate("mma", config, LAUNCH_US + max(memory, maths), reason)
+    if spec.bits != 4:
+        mma = Candidate("mma", (), None, ONLY_NIBBLES, refused=True)
     whole = [_whole(spec, hardware, "wgmma"), _gemms(spec, hardware)[0], _whole(spec, hardware, "stream")]
     if not spec.around:
         return [mma, *whole, reference]
@@ -377,6 +401,7 @@ def key(spec: Spec) -> str:
     named = {name: getattr(spec, name) for name in ("m", "n", "k", "group_size")}
     named |= {"dtype": str(spec.dtype).removeprefix("torch."), "scales": str(spec.scale_dtype).removeprefix("torch.")}
     named |= {name: getattr(spec, name) for name in ("zeros", "perm", "norm", "activation", "residual", "splits")}
+    named |= {"bits": spec.bits if spec.bits != 4 else False}
     said = " ".join(f"{name}={value}" for name, value in named.items() if value not in (False, "", ()))
     return f"w4a16 {said}"
 

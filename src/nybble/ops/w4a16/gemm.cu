@@ -1,12 +1,12 @@
-// gemm: the 4-bit linear for many rows. Weights are unpacked into the tensor cores' registers a few steps ahead of them, x
+// gemm: the 4-bit or 8-bit linear for many rows. Weights are unpacked into the tensor cores' registers a few steps ahead of them, x
 // streams past through the copy engine. Where the tiles of the result are too few for the GPU, K is split as well.
 //
 // Computes      y[m, n] = f(sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
 //               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is never rounded:
 //               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it. Only
 //               where TILE_M is 256 scale * (q - zero) is rounded to X, as a model in 16 bits has it
-// Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, 4, 32];
-//               scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 32]; bias: X [N]; residual: X [M, N or N / 2]; y: X
+// Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, BITS / 4, 4,
+//               32]; scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 8 BITS]; bias: X [N]; residual: X [M, N or N / 2]; y: X
 //               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; workspace:
 //               FLAG_BYTES of flags, zero before and after, and [blocks][TEAMS][4 warps][TILE_M / 8][32 lanes][4] float, with
 //               STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
@@ -20,13 +20,13 @@
 //               units: whoever has the end of a tile adds what those before it have left in the workspace
 // Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
 //               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
-// Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
+// Constants     BITS: 4, 8; X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, from TILE_M 128 on up to 2; CLUSTER: 1,
 //               2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while the
 //               tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL,
 //               GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other
 //               warpgroup has features of up)
-// Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations
+// Roof          the larger of N * K * BITS / 8 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
 #include "cluster.cuh"
@@ -34,7 +34,6 @@
 #include "dependent.cuh"
 #include "epilogue.cuh"
 #include "flag.cuh"
-#include "int4.cuh"
 #include "mma.cuh"
 #include "packed.cuh"
 #include "reduce.cuh"
@@ -45,13 +44,14 @@
 static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
 static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
-using Weights = Packed<S, N, K, GROUP, ZEROS>;
+using Weights = Packed<S, N, K, GROUP, ZEROS, BITS>;
 constexpr int K64 = Weights::K64, UNITS = Weights::UNITS, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
 constexpr bool FOLD = TILE_M == 256;  // scales are multiplied into weights: two tiles' sums are more than there are registers
 constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
 // Scales that are multiplied into fp16 weights are made larger, so that weights down to 2^-20 keep all their bits.
-constexpr float LARGER = FOLD && same<X, half_t> ? 64.0f : 1.0f;
+// bf16 weights of 8 bits are smaller by as much as their scales are larger.
+constexpr float LARGER = FOLD && same<X, half_t> ? 64.0f : Weights::LARGER<X>;
 static_assert(!FOLD || (EARLY && SLICES == 1), "no sums of a unit that are not of the tile");
 static_assert(!STREAM_K || (SLICES == 1 && WAYS == 1), "K is shared in one way");
 constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
@@ -206,7 +206,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const unsigned x_rows = wgmma_rows(shared + slice * X_BYTES);
     const unsigned char* const my_weights = shared + STAGE_WEIGHTS + mine * WEIGHT_BYTES + strip * 512 + lane * 16;
     const unsigned char* const my_scales = shared + STAGE_SCALES + mine * SCALE_BYTES + (strip * 16 + row8 * 2) * sizeof(S);
-    const unsigned char* const my_zeros = shared + STAGE_ZEROS + mine * ZERO_BYTES + strip * 8 + row8;
+    const unsigned char* const my_zeros = shared + STAGE_ZEROS + mine * ZERO_BYTES + strip * (2 * BITS) + row8 * (BITS / 4);
     int slot = 0, turn = 0, step = 0;
     auto expect = [&] {
         if (SOURCES > 1 && threadIdx.x == 0) barrier_expect(summed, (WAYS - 1) * SLICES * TEAMS * 4 * (OWN_M / 8) * 512);
@@ -215,14 +215,14 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     // Weights are unpacked a batch of steps ahead of the tensor cores, into the registers that they no longer read.
     unsigned a[2][BATCH][4];
     auto unpack = [&](int at, int batch, bool absent = false) {  // of the stage at `at` in the ring
+        constexpr int LOADED = Weights::LOADED, LOADS = BATCH > LOADED ? BATCH / LOADED : 1;
         const int from = batch * BATCH;
-        const uint4 four = *reinterpret_cast<const uint4*>(my_weights + at + from / 4 * 2048);
-        const unsigned word[4] = {four.x, four.y, four.z, four.w};
+        const auto words = Weights::load<LOADS>(my_weights + at + from / LOADED * 2048);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            unsigned z = 0x88;
-            if constexpr (ZEROS) z = my_zeros[at + (from + i) / STEPS * 32];
-            unpack_int4<X>(word[(from + i) % 4], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[batch % 2][i]);
+            unsigned z = Weights::MIDDLE;
+            if constexpr (ZEROS) z = Weights::zeros_of(my_zeros + (at + (from + i) / STEPS * Weights::ZERO_ROW));
+            Weights::unpack<X>(words.word + (from + i) % (LOADS * LOADED) * Weights::WORDS, z, a[batch % 2][i]);
             if constexpr (FOLD) {
                 const Vector<S, 2> of_rows = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + (from + i) / STEPS * 64 * sizeof(S));
                 unsigned twice[2];
@@ -280,7 +280,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 release(now, done);
                 arrived(total);
 #pragma unroll
-                for (int i = 0; i < TILE_M / 2; ++i) total[i] *= 1.0f / LARGER;
+                for (int i = 0; i < TILE_M / 2; ++i) total[i] *= Weights::LARGER<X> / LARGER;
                 continue;
             }
             float part[TOGETHER][TILE_M / 2], scale[TOGETHER][2];  // of features g and g + 8
@@ -300,7 +300,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 #pragma unroll
                     for (int p = 0; p < TOGETHER; ++p) {
                         const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + (first + p) * 64 * sizeof(S));
-                        scale[p][0] = to_float(pair.lane[0]), scale[p][1] = to_float(pair.lane[1]);
+                        scale[p][0] = to_float(pair.lane[0]) * LARGER, scale[p][1] = to_float(pair.lane[1]) * LARGER;
                         // Half a unit has no scales for its other half, only what was in the ring before.
                         if (K64 % 2 != 0 && PARTS > 1 && first + p >= PARTS / 2 && unit * 2 + 1 >= K64) scale[p][0] = scale[p][1] = 0.0f;
                     }

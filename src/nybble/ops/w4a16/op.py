@@ -1,4 +1,4 @@
-"""The 4-bit linear with what goes before and after it: public functions, checks and registration."""
+"""The 4-bit or 8-bit linear with what goes before and after it: public functions, checks and registration."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _reference(
 ) -> Tensor:
     """``around``: residual to activation, as the operator takes them."""
     k, n = weight.in_features, weight.out_features
-    y = reference.linear(x, *weight.tensors, bias, k, n, weight.group_size, *around)
+    y = reference.linear(x, *weight.tensors, bias, k, n, weight.group_size, *around, bits=weight.bits)
     if not split1:
         return y
     return reference.planes(y, (split1, split2)).view(result_shape(x.shape[:-1], n, "", split1, split2))
@@ -244,6 +244,7 @@ def _spec(
         residual is not None,
         norm_bias is not None,
         (split1, split2) if split1 else (),
+        weight.bits,
     )
 
 
@@ -295,7 +296,7 @@ def _launch(
             odd |= not _plain(residual) or residual.shape[:-1] != shape[:-1]
             odd |= residual.shape[-1:] != (weight.out_features >> (activation == "silu_mul"),)
     key = (
-        k, weight.out_features, weight.group_size, dtype, scales.dtype, qzeros is None, perm is None, bias is not None,
+        k, weight.out_features, weight.group_size, weight.bits, dtype, scales.dtype, qzeros is None, perm is None, bias is not None,
         (rows - 1).bit_length(), variant, device, around,
     )  # fmt: skip
     ready = _PLANS.get(key)
@@ -383,6 +384,8 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
         ("PERM", spec.perm),
         ("BIAS", spec.bias),
     )
+    if candidate.variant in ("wgmma", "gemm"):
+        constants += (("BITS", spec.bits),)
     if candidate.variant != "mma":
         split1, split2 = spec.splits or (spec.n, spec.n)
         constants += (
@@ -540,10 +543,20 @@ def _from_fields(run: Any) -> Any:
         out_features: int,
         group_size: int,
         variant: str,
-        *around: Any,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        eps: float = 1e-5,
+        norm_kind: str = "",
+        activation: str = "",
+        split1: int = 0,
+        split2: int = 0,
+        bits: int = 4,
     ) -> Tensor:
-        weight = PackedWeight(qweight, scales, qzeros, perm, in_features, out_features, group_size)
-        return run(x, weight, bias, variant, *around)
+        weight = PackedWeight(qweight, scales, qzeros, perm, in_features, out_features, group_size, bits)
+        return run(
+            x, weight, bias, variant, residual, norm_weight, norm_bias, eps, norm_kind, activation, split1, split2
+        )  # fmt: skip
 
     return implementation
 
@@ -551,8 +564,8 @@ def _from_fields(run: Any) -> Any:
 _w4a16 = register(
     "w4a16(Tensor x, Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? perm, Tensor? bias, "
     "int in_features, int out_features, int group_size, str variant, Tensor? residual=None, Tensor? norm_weight=None, "
-    "Tensor? norm_bias=None, float eps=1e-5, str norm_kind='', str activation='', int split1=0, int split2=0) "
-    "-> Tensor",
+    "Tensor? norm_bias=None, float eps=1e-5, str norm_kind='', str activation='', int split1=0, int split2=0, "
+    "int bits=4) -> Tensor",
     cpu=_from_fields(cpu),
     cuda=_from_fields(cuda),
     fake=_from_fields(fake),
@@ -589,7 +602,7 @@ def run(
         )  # fmt: skip
     return _w4a16(
         x, *weight.tensors, bias, weight.in_features, weight.out_features, weight.group_size, variant,
-        residual, norm_weight, norm_bias, eps, kind, activation, split1, split2,
+        residual, norm_weight, norm_bias, eps, kind, activation, split1, split2, weight.bits,
     )  # fmt: skip
 
 
@@ -603,13 +616,14 @@ def w4a16_linear(
     residual: Tensor | None = None,
     variant: str = "auto",
 ) -> Tensor:
-    """4-bit linear layer: ``y = activation(norm(x) @ W + bias) + residual``, each part but the product optional.
+    """Linear layer with a weight of 4 or 8 bits: ``y = activation(norm(x) @ W + bias) + residual``, each part but the product optional.
 
     ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])`` with ``g = k // group_size``, or ``g_idx[k]`` with act-order.
 
     Args:
         x: ``[..., K]``, float16 or bfloat16 (float32 runs the reference). Any leading shape, zero rows included.
-        weight: a packed ``[K, N]`` weight on the device of ``x``; K and N multiples of 8, any group size.
+        weight: a packed ``[K, N]`` weight on the device of ``x``; K and N multiples of 8, any group size. It says whether
+            it has 4 bits or 8; those of 8 are Hopper's, and run the reference elsewhere.
         bias: ``[N]``, the dtype of ``x``.
         norm: a :class:`nybble.Norm` of ``x`` over K, its tensors ``[K]`` in the dtype of ``x``.
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of

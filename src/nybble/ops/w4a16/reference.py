@@ -1,4 +1,4 @@
-"""The 4-bit linear in PyTorch: the oracle of the kernels, and what runs on a CPU."""
+"""The 4-bit or 8-bit linear in PyTorch: the oracle of the kernels, and what runs on a CPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def dequantize(
     out_features: int,
     group_size: int,
     dtype: torch.dtype = torch.float32,
+    bits: int = 4,
 ) -> Tensor:
     """``[K, N]`` of a packed weight, its rows in packed (sorted) order; exact in float32.
 
@@ -25,11 +26,14 @@ def dequantize(
         qweight, scales, qzeros: as :class:`nybble.PackedWeight` holds them.
         in_features, out_features, group_size: K, N and the group.
         dtype: of the result; the arithmetic is float32.
+        bits: of a value, 4 or 8.
     """
     groups = -(-in_features // group_size)
-    q = unpack_values(qweight)[: groups * group_size, :out_features]
+    q = unpack_values(qweight, bits)[: groups * group_size, :out_features]
     scale = unpack_scales(scales)[:groups, None, :out_features].float()
-    zero: Tensor | float = 8.0 if qzeros is None else unpack_zeros(qzeros)[:groups, None, :out_features].float()
+    zero: Tensor | float = 2.0 ** (bits - 1)
+    if qzeros is not None:
+        zero = unpack_zeros(qzeros, bits)[:groups, None, :out_features].float()
     # The last group may be short: pad its rows to a whole group, which the caller never sees.
     missing = groups * group_size - q.shape[0]
     if missing:
@@ -54,6 +58,8 @@ def linear(
     eps: float = 1e-5,
     norm_kind: str = "",
     activation: str = "",
+    *,
+    bits: int = 4,
 ) -> Tensor:
     """``activation(norm(x) @ W + bias) + residual`` in float32, rounded once to the dtype of ``x``.
 
@@ -64,13 +70,14 @@ def linear(
         residual: ``[..., N]`` (half of N with silu_mul) or ``None``.
         norm_weight, norm_bias, eps, norm_kind: of the norm; ``norm_kind`` is ``""`` for none.
         activation: ``""`` for none.
+        bits: of a value of the weight, 4 or 8.
 
     Returns:
         ``[..., N]``, or half of N with silu_mul.
     """
     if norm_weight is not None:
         (x, _) = norm([x], [(norm_weight, norm_bias)], None, eps, rms=norm_kind == "rmsnorm")
-    weight = dequantize(qweight, scales, qzeros, in_features, out_features, group_size)
+    weight = dequantize(qweight, scales, qzeros, in_features, out_features, group_size, bits=bits)
     if perm is not None:
         x = x.index_select(-1, perm)
     y = x.float() @ weight

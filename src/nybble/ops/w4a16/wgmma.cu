@@ -1,15 +1,15 @@
-// wgmma: the 4-bit linear for a batch of decode steps, the unpacked weights being the tensor cores' register operand; norm
+// wgmma: the 4-bit or 8-bit linear for a batch of decode steps, the unpacked weights being the tensor cores' register operand; norm
 // before it and epilogue in one launch. stream.cu computes the same without Hopper's instructions.
 //
 // Computes      y[m, n] = f(sum_k h[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
 //               h = x, or LayerNorm or RMSNorm of x over k, rounded to X. f: identity, gelu, gelu by tanh, or
 //               silu(first half of n) * second half. The weight is never rounded: q - zero is exact, sums are fp32
-// Tensors       as stream.cu: x: X [M, K]; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
-//               [N64, GROUPS, 32]; perm: int32 [K]; bias: X [N]; residual: X [M, N or N / 2]; norm_weight, norm_bias: X [K];
+// Tensors       as stream.cu: x: X [M, K]; qweight: uint4 [N64, K64, BITS / 4, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
+//               [N64, GROUPS, 8 BITS]; perm: int32 [K]; bias: X [N]; residual: X [M, N or N / 2]; norm_weight, norm_bias: X [K];
 //               y: X [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul;
 //               unused ones are null. N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
-// Layout        formats/tiles.py has the diagram. 64 output by 64 input features are 2 KB that follow each other along K, so
-//               that one bulk copy brings SLICES units; a warp's 512 bytes of them are its quarter of wgmma's A, 4 steps
+// Layout        formats/tiles.py has the diagram. 64 output by 64 input features are 2 KB (8 bits: 4) that follow each other along
+//               K, so that one bulk copy brings SLICES units; a warp's 512 of 2 KB are its quarter of wgmma's A, 4 steps (2)
 // Mapping       grid x: workers of CLUSTER blocks. A worker takes every (gridDim.x / CLUSTER)-th tile of 64 * TEAMS output
 //               features; its blocks split K. In a block a warpgroup has 64 of the tile's features and every SLICES-th unit
 //               of 128 input features of the block's range; one more warp asks for the weights. grid y: TILE_M rows
@@ -17,19 +17,18 @@
 //               AHEAD stages of a unit for every warpgroup, with its scales and zero points; sums: [BUFFERS][SOURCES][OWNED]
 //               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][max(TILE_M, warps)][4] float, and
 //               [TILE_M][4] of rows; barriers
-// Constants     X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
+// Constants     BITS: 4, 8; X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
 //               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2;
 //               BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL: 0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0,
 //               1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
-// Roof          N * K / 2 bytes of weights up to about 32 rows; beyond, the exchange of sums
+// Roof          N * K * BITS / 8 bytes of weights up to about 32 rows; beyond, the exchange of sums
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "dependent.cuh"
 #include "epilogue.cuh"
-#include "int4.cuh"
 #include "moments.cuh"
 #include "packed.cuh"
 #include "reduce.cuh"
@@ -39,8 +38,9 @@
 static_assert(ACT != SILU_MUL || (N % 128 == 0 && TEAMS % 2 == 0), "silu_mul pairs 64 features of the two halves");
 static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <= N, "planes are multiples of 8 wide");
 
-using Weights = Packed<S, N, K, GROUP, ZEROS>;
+using Weights = Packed<S, N, K, GROUP, ZEROS, BITS>;
 constexpr int K64 = Weights::K64, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
+constexpr float LARGER = Weights::LARGER<X>;  // that scales are, for weights that are smaller
 // Of the groups of a unit up to TOGETHER are summed apart at once, as registers allow.
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
 constexpr int THREADS = 128 * TEAMS * SLICES;  // that compute; one more warp asks for the weights
@@ -315,7 +315,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     const unsigned char* const my_weights = ring + (team * SLICES + slice) * WEIGHT_BYTES + warp_n % 4 * 512 + lane * 16;
     const unsigned char* const my_scales =
         ring + STAGE_SCALES + (team * SLICES + slice) * SCALE_BYTES + (warp_n % 4 * 16 + row8 * 2) * sizeof(S);
-    const unsigned char* const my_zeros = ring + STAGE_ZEROS + (team * SLICES + slice) * ZERO_BYTES + warp_n % 4 * 8 + row8;
+    const unsigned char* const my_zeros =
+        ring + STAGE_ZEROS + (team * SLICES + slice) * ZERO_BYTES + warp_n % 4 * (2 * BITS) + row8 * (BITS / 4);
     int slot = 0, turn = 0, step = 0, unfinished = worker;
 #pragma unroll
     for (int b = 0; b < BUFFERS; ++b) expect(b);
@@ -332,17 +333,15 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
             barrier_wait(filled + slot, turn);
             if (unit < units) {
                 const unsigned x_unit = x_rows + unit * (2 * TILE_M * 128 / 16);
-                const uint4 low = *reinterpret_cast<const uint4*>(my_weights + at);
-                const uint4 high = *reinterpret_cast<const uint4*>(my_weights + at + 2048);
-                const unsigned word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                const auto words = Weights::load<8 / Weights::LOADED>(my_weights + at);
                 float scale[PARTS][2];  // of features g and g + 8
                 unsigned zero_points[PARTS];
 #pragma unroll
                 for (int i = 0; i < PARTS; ++i) {
                     const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + i * 64 * sizeof(S));
-                    scale[i][0] = to_float(pair.lane[0]), scale[i][1] = to_float(pair.lane[1]);
-                    zero_points[i] = 0x88;
-                    if constexpr (ZEROS) zero_points[i] = my_zeros[at + i * 32];
+                    scale[i][0] = to_float(pair.lane[0]) * LARGER, scale[i][1] = to_float(pair.lane[1]) * LARGER;
+                    zero_points[i] = Weights::MIDDLE;
+                    if constexpr (ZEROS) zero_points[i] = Weights::zeros_of(my_zeros + (at + i * Weights::ZERO_ROW));
                     // Half a unit has no scales for its other half, only what was in the ring before.
                     if (K64 % 2 != 0 && PARTS > 1 && i >= PARTS / 2 && begin + unit * 2 + 1 >= K64) scale[i][0] = scale[i][1] = 0.0f;
                 }
@@ -355,10 +354,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                         const int from = first * STEPS + half;
                         const int upto = from + (TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4);
 #pragma unroll
-                        for (int step = from; step < upto; ++step) {
-                            const unsigned z = zero_points[step / STEPS];
-                            unpack_int4<X>(word[step], zero_pair<X>(z & 15), zero_pair<X>(z >> 4), a[step]);
-                        }
+                        for (int step = from; step < upto; ++step)
+                            Weights::unpack<X>(words.word + step * Weights::WORDS, zero_points[step / STEPS], a[step]);
                         wgmma_fence();
 #pragma unroll
                         for (int step = from; step < upto; ++step)

@@ -1,4 +1,4 @@
-// int8.cuh of the emulator: the fragments as the PTX ISA lays them out.
+// s8.cuh of the emulator: the fragments as the PTX ISA lays them out.
 #pragma once
 #include "scalar.cuh"
 
