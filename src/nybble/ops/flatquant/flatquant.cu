@@ -3,7 +3,7 @@
 // Computes      Y = L^T x R of each token's x as [M, N]; for each clip ratio c: scale = max(c * max|Y| / 7, 2^-126), or 1 where
 //               all of Y is 0; q = clamp(round_half_even(Y / scale), -8, 7). A row with a NaN or an infinite Y: scale NaN, q 0
 // Tensors       x: X [tokens, M * N], rows row_stride elements apart, 16-byte aligned where ALIGNED; left: X [M, M]; right: X
-//               [N, N], contiguous, 4-byte aligned; q: int8 [CLIPS, tokens, F], or PACKED uint32 [CLIPS, tokens, F / 8], F = M * N,
+//               [N, N], contiguous, 16-byte aligned; q: int8 [CLIPS, tokens, F], or PACKED uint32 [CLIPS, tokens, F / 8], F = M * N,
 //               16-byte aligned; scales: float [CLIPS, tokens]. clip0 .. clip3: the ratios, in (0, 1]
 // Layout        packed: element i of a row in bits 4 (i % 8) of word i / 8, two's complement, or with OFFSET as q + 8. Of the NW
 //               columns of a warp a thread has RUN neighbours, t * RUN .. t * RUN + RUN - 1 with t = lane % 4, of rows g and g + 8
@@ -56,13 +56,16 @@ __device__ __forceinline__ int place_of(int n) {
     return n / NW * NW + r % RUN / 2 * 8 + r / RUN * 2 + n % 2;
 }
 
-// A matrix [SIZE, SIZE] to shared memory, rows STRIDE elements apart, its columns moved by `to`.
+// A matrix [SIZE, SIZE] to shared memory, rows STRIDE elements apart, its columns moved by `to`; in the background where it can be.
 template <int SIZE, int STRIDE, typename To> __device__ __forceinline__ void bring(X* shared, const X* from, To to) {
-    constexpr int EACH = SIZE % 2 == 0 ? 2 : 1;
+    if constexpr (SIZE % 2 == 0) {
+#pragma unroll 4
+        for (int i = threadIdx.x * 2; i < SIZE * SIZE; i += THREADS * 2)
+            copy_async<2 * sizeof(X)>(shared + i / SIZE * STRIDE + to(i % SIZE), from + i);
+        commit_copies();
+    } else {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < SIZE * SIZE / EACH; i += THREADS) {
-        const int row = i * EACH / SIZE, column = i * EACH % SIZE;
-        *reinterpret_cast<Vector<X, EACH>*>(shared + row * STRIDE + to(column)) = *reinterpret_cast<const Vector<X, EACH>*>(from + i * EACH);
+        for (int i = threadIdx.x; i < SIZE * SIZE; i += THREADS) shared[i / SIZE * STRIDE + to(i % SIZE)] = from[i];
     }
 }
 
@@ -120,6 +123,7 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
     if constexpr (RESIDENT) {
         bring<N, RS>(shared_right, right, [](int n) { return place_of(n); });
         bring<M, LS>(shared_left, left, [](int m) { return m; });
+        wait_copies<0>();
     }
     __syncthreads();
 
@@ -163,94 +167,93 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
         float y[STRIPS_NOW][TILES][4], back;
         // A piece of Y, from column and strip of rows `strip` on, divided by `back`.
         auto compute = [&](int piece) {
-        const int first_column = piece % CHUNKS * NW, first_row = piece / CHUNKS * STRIPS_NOW * 16;
-        back = 1.0f;
+            const int first_column = piece % CHUNKS * NW, first_row = piece / CHUNKS * STRIPS_NOW * 16;
+            back = 1.0f;
 #pragma unroll
-        for (int i = 0; i < STRIPS_NOW; ++i)
-#pragma unroll
-            for (int j = 0; j < TILES; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) y[i][j][e] = 0.0f;
-        // T^T = R^T x^T: [n][m], of these columns n and all m.
-        if constexpr (WIDE) {
-            float part[PAIRS][MP / 8][4] = {};
-#pragma unroll 1
-            for (int k = 0; k < NK; k += 8) {
-                Split a[PAIRS][4];
-#pragma unroll
-                for (int s = 0; s < PAIRS; ++s)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) a[s][i] = split(to_float(right_at(k + i / 2 * 4 + t, first_column + s * 16 + i % 2 * 8 + g)));
-#pragma unroll
-                for (int m = 0; m < MP / 8; ++m) {
-                    const Split b0 = split(x_at(m * 8 + g, k + t)), b1 = split(x_at(m * 8 + g, k + t + 4));
-#pragma unroll
-                    for (int s = 0; s < PAIRS; ++s) mma_split(part[s][m], a[s], b0, b1);
-                }
-            }
-            // Along k the order of L's rows is free: 2 t and 2 t + 1 stand for t and t + 4, as the accumulators have them.
-#pragma unroll
-            for (int k = 0; k < MP / 8; ++k)
-#pragma unroll
-                for (int i = 0; i < STRIPS_NOW; ++i) {
-                    Split a[4];
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) a[e] = split(to_float(left_at(k * 8 + t * 2 + e / 2, first_row + i * 16 + e % 2 * 8 + g)));
-#pragma unroll
-                    for (int j = 0; j < TILES; ++j)
-                        mma_split(y[i][j], a, split(part[j / 2][k][j % 2 * 2]), split(part[j / 2][k][j % 2 * 2 + 1]));
-                }
-        } else {
-            float part[PAIRS][MP / 8][4] = {};
-            unsigned b[TILES][STRIPS][2];
-#pragma unroll 1
-            for (int k = 0; k < NK; k += 16) {
-                unsigned rows[STRIPS][4];
-#pragma unroll
-                for (int i = 0; i < STRIPS; ++i)
-                    load_matrices(rows[i], mine + (i * 16 + lane / 16 * 8 + lane % 8) * XS + k + lane / 8 % 2 * 8);
-#pragma unroll
-                for (int s = 0; s < PAIRS; ++s) {
-                    unsigned a[4];
-                    fragment(a, shared_right, RS, right_at, k, first_column + s * 16);
-#pragma unroll
-                    for (int m = 0; m < MP / 8; ++m) mma_16816<X>(part[s][m], a, rows[m / 2][m % 2 * 2], rows[m / 2][m % 2 * 2 + 1]);
-                }
-            }
-            for (int attempt = 0;; ++attempt) {
-                unsigned largest = 0;
+            for (int i = 0; i < STRIPS_NOW; ++i)
 #pragma unroll
                 for (int j = 0; j < TILES; ++j)
 #pragma unroll
+                    for (int e = 0; e < 4; ++e) y[i][j][e] = 0.0f;
+            // T^T = R^T x^T: [n][m], of these columns n and all m.
+            if constexpr (WIDE) {
+                float part[PAIRS][MP / 8][4] = {};
+#pragma unroll 1
+                for (int k = 0; k < NK; k += 8) {
+                    Split a[PAIRS][4];
+#pragma unroll
+                    for (int s = 0; s < PAIRS; ++s)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) a[s][i] = split(to_float(right_at(k + i / 2 * 4 + t, first_column + s * 16 + i % 2 * 8 + g)));
+#pragma unroll
                     for (int m = 0; m < MP / 8; ++m) {
-                        b[j][m / 2][m % 2] = rounded_pair<X>(part[j / 2][m][j % 2 * 2], part[j / 2][m][j % 2 * 2 + 1]);
-                        if constexpr (same<X, half_t>) largest = larger_magnitude(largest, b[j][m / 2][m % 2]);
+                        const Split b0 = split(x_at(m * 8 + g, k + t)), b1 = split(x_at(m * 8 + g, k + t + 4));
+#pragma unroll
+                        for (int s = 0; s < PAIRS; ++s) mma_split(part[s][m], a[s], b0, b1);
                     }
-                if constexpr (!same<X, half_t>) break;
-                const unsigned low = largest & 0x7fffu, high = largest >> 16 & 0x7fffu;
-                const unsigned most = low > high ? low : high;  // of fp16 bits: infinities and NaN are 0x7c00 and more
-                const bool over = warp_any(most >= 0x7c00u), under = !warp_any(most >= 0x1c00u);
-                if (attempt == 2 || (attempt == 0 ? !over && !under : back > 1.0f ? !over : !under)) break;
-                const float factor = over ? 1.0f / 65536.0f : 65536.0f;
-                back *= over ? 65536.0f : 1.0f / 65536.0f;
-#pragma unroll
-                for (int s = 0; s < PAIRS; ++s)
-#pragma unroll
-                    for (int m = 0; m < MP / 8; ++m)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) part[s][m][e] *= factor;
-            }
-#pragma unroll
-            for (int k = 0; k < STRIPS; ++k)
-#pragma unroll
-                for (int i = 0; i < STRIPS_NOW; ++i) {
-                    unsigned a[4];
-                    fragment(a, shared_left, LS, left_at, k * 16, first_row + i * 16);
-#pragma unroll
-                    for (int j = 0; j < TILES; ++j) mma_16816<X>(y[i][j], a, b[j][k][0], b[j][k][1]);
                 }
-        }
-
+                // Along k the order of L's rows is free: 2 t and 2 t + 1 stand for t and t + 4, as the accumulators have them.
+#pragma unroll
+                for (int k = 0; k < MP / 8; ++k)
+#pragma unroll
+                    for (int i = 0; i < STRIPS_NOW; ++i) {
+                        Split a[4];
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) a[e] = split(to_float(left_at(k * 8 + t * 2 + e / 2, first_row + i * 16 + e % 2 * 8 + g)));
+#pragma unroll
+                        for (int j = 0; j < TILES; ++j)
+                            mma_split(y[i][j], a, split(part[j / 2][k][j % 2 * 2]), split(part[j / 2][k][j % 2 * 2 + 1]));
+                    }
+            } else {
+                float part[PAIRS][MP / 8][4] = {};
+                unsigned b[TILES][STRIPS][2];
+#pragma unroll 1
+                for (int k = 0; k < NK; k += 16) {
+                    unsigned rows[STRIPS][4];
+#pragma unroll
+                    for (int i = 0; i < STRIPS; ++i)
+                        load_matrices(rows[i], mine + (i * 16 + lane / 16 * 8 + lane % 8) * XS + k + lane / 8 % 2 * 8);
+#pragma unroll
+                    for (int s = 0; s < PAIRS; ++s) {
+                        unsigned a[4];
+                        fragment(a, shared_right, RS, right_at, k, first_column + s * 16);
+#pragma unroll
+                        for (int m = 0; m < MP / 8; ++m) mma_16816<X>(part[s][m], a, rows[m / 2][m % 2 * 2], rows[m / 2][m % 2 * 2 + 1]);
+                    }
+                }
+                for (int attempt = 0;; ++attempt) {
+                    unsigned largest = 0;
+#pragma unroll
+                    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                        for (int m = 0; m < MP / 8; ++m) {
+                            b[j][m / 2][m % 2] = rounded_pair<X>(part[j / 2][m][j % 2 * 2], part[j / 2][m][j % 2 * 2 + 1]);
+                            if constexpr (same<X, half_t>) largest = larger_magnitude(largest, b[j][m / 2][m % 2]);
+                        }
+                    if constexpr (!same<X, half_t>) break;
+                    const unsigned low = largest & 0x7fffu, high = largest >> 16 & 0x7fffu;
+                    const unsigned most = low > high ? low : high;  // of fp16 bits: infinities and NaN are 0x7c00 and more
+                    const bool over = warp_any(most >= 0x7c00u), under = !warp_any(most >= 0x1c00u);
+                    if (attempt == 2 || (attempt == 0 ? !over && !under : back > 1.0f ? !over : !under)) break;
+                    const float factor = over ? 1.0f / 65536.0f : 65536.0f;
+                    back *= over ? 65536.0f : 1.0f / 65536.0f;
+#pragma unroll
+                    for (int s = 0; s < PAIRS; ++s)
+#pragma unroll
+                        for (int m = 0; m < MP / 8; ++m)
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) part[s][m][e] *= factor;
+                }
+#pragma unroll
+                for (int k = 0; k < STRIPS; ++k)
+#pragma unroll
+                    for (int i = 0; i < STRIPS_NOW; ++i) {
+                        unsigned a[4];
+                        fragment(a, shared_left, LS, left_at, k * 16, first_row + i * 16);
+#pragma unroll
+                        for (int j = 0; j < TILES; ++j) mma_16816<X>(y[i][j], a, b[j][k][0], b[j][k][1]);
+                    }
+            }
         };
 
         // The row's largest magnitude; a NaN stays one.
