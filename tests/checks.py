@@ -37,9 +37,11 @@ def check_case(
 def within(case: Case, inputs: Any, results: tuple[Tensor, ...], truth: tuple[Tensor, ...] | None = None) -> None:
     """Hold every element of every output within its tolerance."""
     truth = case.truth(inputs) if truth is None else truth
+    results = case.readable(results)
     assert len(results) == len(truth)
-    for got, want, bound in zip(results, truth, case.tolerance(inputs, truth), strict=True):
-        assert got.dtype == case.dtype
+    dtypes = case.result_dtypes(len(results))
+    for got, want, bound, dtype in zip(results, truth, case.tolerance(inputs, truth), dtypes, strict=True):
+        assert got.dtype == dtype
         assert got.shape == want.shape
         excess = (got.double() - want).abs() - bound
         bad = ~(excess <= 0)

@@ -26,8 +26,13 @@ _HOME = {
     "ln_qkv": "nybble.ops.ln_qkv.op",
     "release_packed": "nybble.ops.ln_qkv.op",
     "Norm": "nybble.ops.w4a16.op",
+    "flatquant_dynamic_quantize": "nybble.ops.flatquant.op",
+    "dequantize_int4": "nybble.ops.flatquant.op",
+    "get_decompose_dim": "nybble.ops.flatquant.op",
+    "w4a4_linear": "nybble.ops.w4a4.op",
     "QuantizedWeight": "nybble.formats.grouped",
     "PackedWeight": "nybble.formats.tiles",
+    "ChannelWeight": "nybble.formats.channels",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the documentation
@@ -45,16 +50,23 @@ __all__ = [  # noqa: RUF022 - in the order of the documentation
     "ln_qkv",
     "release_packed",
     "Norm",
+    "flatquant_dynamic_quantize",
+    "dequantize_int4",
+    "get_decompose_dim",
+    "w4a4_linear",
     "QuantizedWeight",
     "PackedWeight",
+    "ChannelWeight",
     "__version__",
 ]
 
 if TYPE_CHECKING:
+    from nybble.formats.channels import ChannelWeight
     from nybble.formats.grouped import QuantizedWeight
     from nybble.formats.tiles import PackedWeight
     from nybble.models.load import load
     from nybble.models.patch import Report, fuse
+    from nybble.ops.flatquant.op import dequantize_int4, flatquant_dynamic_quantize, get_decompose_dim
     from nybble.ops.ln_qkv.op import fused_ln_qkv_gptq, ln_qkv, release_packed
     from nybble.ops.norm.op import (
         add_dual_layernorm,
@@ -65,6 +77,7 @@ if TYPE_CHECKING:
         rmsnorm,
     )
     from nybble.ops.w4a16.op import Norm, w4a16_linear
+    from nybble.ops.w4a4.op import w4a4_linear
 
 
 def __getattr__(name: str) -> Any:

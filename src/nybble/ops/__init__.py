@@ -5,6 +5,8 @@ OPERATIONS: dict[str, str] = {
     "norm": "LayerNorm and RMSNorm fused with the residual additions around them",
     "w4a16": "4-bit weight linear: fp16 or bf16 activations, GPTQ or AWQ weights",
     "ln_qkv": "a norm, then queries, keys and values from a 4-bit weight, in one",
+    "flatquant": "two small transforms around each row, then int4 with a scale a row",
+    "w4a4": "4-bit weight linear of activations that are int4 as well",
 }
 """Folder name -> one line. ``nybble.ops.<name>.cases`` holds ``BENCH`` (cases for a GPU), ``SMALL`` (for a CPU) and
 ``parse(shape, dtype)``."""

@@ -70,12 +70,15 @@ class FlatQuantCase(Case):
         return partial(op.flatquant_dynamic_quantize, *inputs, ratios, self.packed, variant != "reference")
 
     def run(self, inputs: Inputs, variant: str = "auto") -> Tensors:
-        q, scales = self.bind(inputs, variant)()
-        return self.as_numbers(q, scales)
+        return self.bind(inputs, variant)()
 
-    def as_numbers(self, q: Tensor, scales: Tensor) -> Tensors:
-        """Values as ``dtype``, which holds them exactly, and scales; what is compared."""
-        return (unpack(q) if q.dtype == torch.int32 else q).to(self.dtype), scales
+    def readable(self, results: Tensors) -> Tensors:
+        """Values one a byte, and scales."""
+        q, scales = results
+        return (unpack(q) if q.dtype == torch.int32 else q), scales
+
+    def result_dtypes(self, count: int) -> tuple[torch.dtype, ...]:
+        return torch.int8, torch.float32
 
     def _exact(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Y, the error it may have, and its scales by ratio, in float64."""
