@@ -76,8 +76,8 @@ if TYPE_CHECKING:
         layernorm_residual,
         rmsnorm,
     )
-    from nybble.ops.w4a16.op import Norm, w4a16_linear
     from nybble.ops.w4a4.op import w4a4_linear
+    from nybble.ops.w4a16.op import Norm, w4a16_linear
 
 
 def __getattr__(name: str) -> Any:

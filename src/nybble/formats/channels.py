@@ -1,10 +1,10 @@
 """The kernels' layout of an int4 weight with one scale an output channel, for the integer tensor cores.
 
-A chunk is 64 output by 64 input features, 2 KB, and chunks follow each other along K, which is padded to a multiple of 128.
-A strip of a chunk, 16 output features, is 16 bytes for each of a warp's 32 lanes. With ``g = lane // 4`` and
-``t = lane % 4``, byte ``16 s' + b`` of them, ``s' = 2 s + h`` its word, holds two values of input feature
-``32 s + 16 h + 4 t + b``: that of output feature ``g`` in its high half, that of ``g + 8`` in its low half, two's complement.
-So ``word & 0xf0f0f0f0`` and ``(word << 4) & 0xf0f0f0f0`` are registers of an int8 fragment, 16 times the value each::
+A chunk is 64 output by 64 input features, 2 KB, and chunks follow each other along K, which is padded to a multiple of
+128. A strip of a chunk, 16 output features, is four words for each of a warp's 32 lanes. With ``g = lane // 4`` and
+``t = lane % 4``, byte ``b`` of word ``2 s + h`` holds two values of input feature ``32 s + 16 h + 4 t + b``: that of
+output feature ``g`` in its high half, that of ``g + 8`` in its low half, two's complement. So ``word & 0xf0f0f0f0`` and
+``(word << 4) & 0xf0f0f0f0`` are registers of an int8 fragment, 16 times the value each::
 
     qweight[N/64][2 * ceil(K/128)][strip of 16 outputs: 4][lane: 32][word: 4]   int32
     scales [N padded to 64]                                                     float32
@@ -105,7 +105,7 @@ class ChannelWeight:
 
     @classmethod
     def from_float(cls, weight: Tensor) -> ChannelWeight:
-        """Round ``[N, K]`` (as ``nn.Linear`` has it) to the nearest: the scale of a channel is its largest magnitude / 7."""
+        """Round ``[N, K]`` (as ``nn.Linear`` has it) to the nearest; a channel's scale is its largest magnitude / 7."""
         largest = weight.float().abs().amax(1)
         scales = torch.where(largest == 0, torch.ones_like(largest), largest / 7.0)
         q = (weight.float() / scales[:, None]).round().clamp(-8, 7).to(torch.int8)

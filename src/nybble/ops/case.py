@@ -41,7 +41,7 @@ class Case(ABC):
     """The relative error a peer may have; where ``None``, that of the dtype."""
 
     def readable(self, results: Tensors) -> Tensors:
-        """The results as numbers to compare with :meth:`truth`, where they are packed; never a part of what is timed."""
+        """The results as numbers to compare with :meth:`truth`, where they are packed; never timed."""
         return results
 
     def result_dtypes(self, count: int) -> tuple[torch.dtype, ...]:

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class FlatQuantCase(Case):
-    """One request: tokens x (M N), and what becomes of it. ``deviation`` is that of x, which has a few larger features."""
+    """One request: tokens x (M N), and what becomes of it. ``deviation``: of x, but for a few larger features."""
 
     tokens: int = 1
     m: int = 64

@@ -17,9 +17,7 @@ WIDEST = {2: 128, 4: 64}
 """Accumulators of Y a thread, by the bytes of an element of x. Beside them are those of T: half as many registers when
 rounded to 16 bits, as many in fp32."""
 LAUNCH_US = 2.2
-"""A call with one token as a node of a CUDA graph: an estimate, from the norm kernels and the bytes of the transforms."""
-INSTRUCTIONS = 9.0
-"""A thread's instructions an element, of which the products are (M + N) / 64: counted in SASS for 64 x 64."""
+"""A call with one token as a node of a CUDA graph: an estimate, from the norm kernels and the bytes it waits for."""
 MMA_RATE = 0.6
 """The part of the tensor cores' fp16 rate that mma.sync reaches; an estimate."""
 
@@ -74,7 +72,8 @@ def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
         for resident in (True, False):
             for buffers in (2, 1, 0) if wide and not aligned else (2, 1):
                 shared = _bytes(spec, nw, parts, groups, warps, buffers, resident, staged)
-                if shared * blocks <= budget - 1024 * (blocks - 1) and (resident or parts > 1 or mp <= 64):
+                fits = shared * blocks <= budget - 1024 * (blocks - 1)
+                if fits and (resident or parts > 1 or mp <= 64):
                     return {
                         "NW": nw, "WARPS": warps, "PARTS": parts, "GROUPS": groups, "BUFFERS": buffers,
                         "STAGED": staged, "ALIGNED": aligned, "RESIDENT": resident, "BLOCKS": blocks, "SHARED": shared,
@@ -82,39 +81,30 @@ def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
         return None
 
     widths = [nw for nw in (64, 32, 16) if mp * nw // 32 <= WIDEST[size]]
-    # Few tokens: one is spread over as many warps as it has columns for, and over two blocks of nothing else.
-    if spec.tokens <= hardware.sms and 16 in widths and spec.n // 16 <= 2 * WARPS:
-        widths = [16]
     # The widest of those that waste the fewest columns: the fewer warps share a token, the less is read twice.
     widths.sort(key=lambda nw: (_up(spec.n, nw), -nw))
+    if spec.tokens <= hardware.sms:  # a token has a block to itself: over as many warps as it has columns for
+        widths.sort()
     for nw in widths:
         warps = math.ceil(spec.n / nw)
-        registers = (2 if wide else 1.5) * mp * nw / 32 + (90 if wide else 68)
+        registers = (2 if wide else 1.5) * mp * nw / 32 + (90 if wide else 60)
         if registers > min(255, 65536 // (32 * warps) // 8 * 8):
             continue
         of_block = min(WARPS, int(65536 / 32 / (_up(int(registers), 8))))
         groups = 1 if spec.tokens <= hardware.sms else min(15, max(1, of_block // warps))
         while groups:
-            if found := build(nw, warps, 1, groups):
-                if groups == 1 or found["BUFFERS"] == 2 and found["RESIDENT"]:
-                    return found
+            found = build(nw, warps, 1, groups)
+            if found and (groups == 1 or (found["BUFFERS"] == 2 and found["RESIDENT"])):
+                return found
             groups -= 1
     # Too large for the registers of a block: piece by piece, twice.
-    nw = 16
-    found = build(nw, min(WARPS, math.ceil(spec.n / nw)), min(8, mp // 16), 1)
+    warps, parts = min(WARPS, math.ceil(spec.n / 16)), min(8, mp // 16)
+    found = build(16, warps, parts, 1)
     if found is None:  # fp32 that does not fit in shared memory is read in place
-        found = build_in_place(spec, nw, min(WARPS, math.ceil(spec.n / nw)), min(8, mp // 16))
+        spec = spec._replace(aligned=False)
+        found = build(16, warps, parts, 1)
+        assert found is not None, "the form that needs next to no shared memory"
     return found
-
-
-def build_in_place(spec: Spec, nw: int, warps: int, parts: int) -> dict[str, int | bool]:
-    """The form that needs the least shared memory."""
-    staged = spec.n % (nw // 4) != 0
-    shared = _bytes(spec, nw, parts, 1, warps, 0, False, staged)
-    return {
-        "NW": nw, "WARPS": warps, "PARTS": parts, "GROUPS": 1, "BUFFERS": 0, "STAGED": staged, "ALIGNED": False,
-        "RESIDENT": False, "BLOCKS": 1, "SHARED": shared,
-    }  # fmt: skip
 
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
@@ -131,6 +121,9 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
             reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
         return [Candidate("cuda", (), None, reason, refused=True), reference]
     config = shape(spec, hardware)
+    if int(config["PARTS"]) > 1 and hardware.capability < (9, 0):
+        reason = f"transforms of {spec.m} and {spec.n} are too large for this GPU's registers and shared memory"
+        return [Candidate("cuda", (), None, reason, refused=True), reference]
     memory = spec.tokens * features * (size + spec.clips * (0.5 if spec.packed else 1.0)) / (read * 1e6)
     padded = _up(spec.m, 16) * _up(spec.n, int(config["NW"])) / features
     maths = padded * flops / ((hardware.half_tflops or 300.0) * MMA_RATE * 1e6) * (6 if size == 4 else 1)

@@ -169,12 +169,6 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
         auto compute = [&](int piece) {
             const int first_column = piece % CHUNKS * NW, first_row = piece / CHUNKS * STRIPS_NOW * 16;
             back = 1.0f;
-#pragma unroll
-            for (int i = 0; i < STRIPS_NOW; ++i)
-#pragma unroll
-                for (int j = 0; j < TILES; ++j)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) y[i][j][e] = 0.0f;
             // T^T = R^T x^T: [n][m], of these columns n and all m.
             if constexpr (WIDE) {
                 float part[PAIRS][MP / 8][4] = {};
@@ -192,6 +186,12 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
                         for (int s = 0; s < PAIRS; ++s) mma_split(part[s][m], a[s], b0, b1);
                     }
                 }
+#pragma unroll
+                for (int i = 0; i < STRIPS_NOW; ++i)
+#pragma unroll
+                    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) y[i][j][e] = 0.0f;
                 // Along k the order of L's rows is free: 2 t and 2 t + 1 stand for t and t + 4, as the accumulators have them.
 #pragma unroll
                 for (int k = 0; k < MP / 8; ++k)
@@ -230,7 +230,13 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
                             b[j][m / 2][m % 2] = rounded_pair<X>(part[j / 2][m][j % 2 * 2], part[j / 2][m][j % 2 * 2 + 1]);
                             if constexpr (same<X, half_t>) largest = larger_magnitude(largest, b[j][m / 2][m % 2]);
                         }
-                    if constexpr (!same<X, half_t>) break;
+                    if constexpr (!same<X, half_t>) {
+                        // bf16 needs no scaling, but a branch that the compiler can't see through: without one it begins with Y
+                        // before all of T is rounded, and keeps both in fp32, 56 bytes of it in memory.
+                        unsigned never = 0;
+                        pin(never);
+                        if (!warp_any(never != 0)) break;
+                    }
                     const unsigned low = largest & 0x7fffu, high = largest >> 16 & 0x7fffu;
                     const unsigned most = low > high ? low : high;  // of fp16 bits: infinities and NaN are 0x7c00 and more
                     const bool over = warp_any(most >= 0x7c00u), under = !warp_any(most >= 0x1c00u);
@@ -244,6 +250,12 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
 #pragma unroll
                             for (int e = 0; e < 4; ++e) part[s][m][e] *= factor;
                 }
+#pragma unroll
+            for (int i = 0; i < STRIPS_NOW; ++i)
+#pragma unroll
+                for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) y[i][j][e] = 0.0f;
 #pragma unroll
                 for (int k = 0; k < STRIPS; ++k)
 #pragma unroll

@@ -206,14 +206,14 @@ def flatquant_dynamic_quantize(
 ) -> tuple[Tensor, Tensor]:
     """Each row, as a matrix X ``[M, N]``, transformed to ``Y = left_trans^T X right_trans`` and rounded to int4.
 
-    ``scale = clip_ratio * max|Y| / 7`` (1 for a row of zeros) and ``q = clamp(round_half_even(Y / scale), -8, 7)``; in one
-    launch that reads each row once.
+    ``scale = clip_ratio * max|Y| / 7`` (1 for a row of zeros) and ``q = clamp(round_half_even(Y / scale), -8, 7)``; in
+    one launch that reads each row once.
 
     Args:
         input_tensor: ``[batch_tokens, features]``, float16, bfloat16 or float32; rows any distance apart, zero rows
             included.
-        left_trans: ``[M, M]``. right_trans: ``[N, N]``; contiguous, the dtype of ``input_tensor``, ``M * N = features``,
-            both at most 256 (:func:`get_decompose_dim`).
+        left_trans: ``[M, M]``. right_trans: ``[N, N]``; contiguous, the dtype of ``input_tensor``,
+            ``M * N = features``, both at most 256 (:func:`get_decompose_dim`).
         clip_ratio: in (0, 1]; or up to four of them, which share the transform.
         pack_int32: eight values a word, element i in bits ``4 * (i % 8)``, two's complement; features a multiple of 8.
         use_cuda: ``False`` runs the reference in PyTorch, which is what runs on CPU tensors anyway.
@@ -227,11 +227,11 @@ def flatquant_dynamic_quantize(
         TypeError: a dtype. ValueError: a shape, stride, device or value.
 
     Numerics: both products have float32 accumulators. Between them ``X right_trans`` is rounded once to 16 bits: to
-        bfloat16, or to float16 after multiplication by a power of two where it would not fit, so that nothing overflows;
-        of float32 inputs it stays, and factors have 22 bits. A value may differ from exact arithmetic by one where
-        ``Y / scale`` lies within that error of a tie: for orthogonal transforms of 64 rows about 0.01 (float16), 0.08
-        (bfloat16), 1e-4 (float32) at most. Scales are at least ``2^-126``. A row whose Y has a NaN or an infinity gets
-        the scale NaN and zeros; no other row notices. Deterministic.
+        bfloat16, or to float16 after multiplication by a power of two where it would not fit, so that nothing
+        overflows; of float32 inputs it stays, and factors have 22 bits. A value may differ from exact arithmetic by one
+        where ``Y / scale`` lies within that error of a tie: for orthogonal transforms of 64 rows about 0.01 (float16),
+        0.08 (bfloat16), 1e-4 (float32) at most. Scales are at least ``2^-126``. A row whose Y has a NaN or an infinity
+        gets the scale NaN and zeros; no other row notices. Deterministic.
 
     Source: FlatQuant (Sun et al. 2024).
     """

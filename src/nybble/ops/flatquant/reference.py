@@ -12,7 +12,7 @@ TINY = 2.0**-126
 
 
 def transform(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``left^T X right`` of every row of ``x`` as a matrix X ``[M, N]``: float32 ``[T, M * N]``, from products in float32."""
+    """``left^T X right`` of every row of ``x`` as a matrix X ``[M, N]``: float32 ``[T, M * N]``."""
     m, n = left.shape[0], right.shape[0]
     t = x.float().reshape(-1, n) @ right.float()
     return (left.float().t() @ t.view(x.shape[0], m, n)).reshape(x.shape[0], m * n)
@@ -30,7 +30,7 @@ def quantize(y: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def pack(q: Tensor, offset: bool = False) -> Tensor:
-    """int32 ``[..., F / 8]`` of values -8 .. 7 ``[..., F]``: element i in bits 4 (i % 8), two's complement or ``q + 8``."""
+    """int32 ``[..., F / 8]`` of ``[..., F]``: element i in bits 4 (i % 8), two's complement or ``q + 8``."""
     nibbles = (q.to(torch.int64) + 8 if offset else q.to(torch.int64) & 15).unflatten(-1, (-1, 8))
     shifts = torch.arange(0, 32, 4, device=q.device)
     words = (nibbles << shifts).sum(-1)

@@ -91,7 +91,9 @@ class W4A4Case(Case):
 
     def sources(self, hardware: Hardware) -> list[Source]:
         spec = self.spec()
-        return [op.source(spec, c) for c in cost.candidates(spec, hardware) if c.variant == "gemm" and not c.refused][:2]
+        return [op.source(spec, c) for c in cost.candidates(spec, hardware) if c.variant == "gemm" and not c.refused][
+            :2
+        ]
 
     @property
     def bytes(self) -> int:

@@ -15,11 +15,15 @@ HALF = (torch.float16, torch.bfloat16)
 Form = tuple[int, int, int, int]
 """TILE_M, TEAMS, SLICES, CLUSTER."""
 FORMS: tuple[Form, ...] = (
-    *((tile, teams, slices, 1) for tile in (8, 16, 32, 64) for teams, slices in ((1, 4), (1, 3), (2, 2), (3, 1), (4, 1))),
+    *(
+        (tile, teams, slices, 1)
+        for tile in (8, 16, 32, 64)
+        for teams, slices in ((1, 4), (1, 3), (2, 2), (3, 1), (4, 1))
+    ),
     *((tile, teams, 1, cluster) for tile in (128, 256) for teams in (1, 2) for cluster in (1, 2)),
-)  # fmt: skip
+)
 START_US, TURN_US, STREAM = 2.0, 1.2, 1.15
-"""Estimates until measured: a call, the results of a tile, and how many times longer than a plain read the weights take."""
+"""Estimates: a call, the results of a tile, and how many times longer than a plain read the weights take."""
 CLOCK_GHZ, RATE = 1.7, 0.6
 """Of the tensor cores' int8 rate, 4096 products a cycle and multiprocessor, the part that is reached: an estimate."""
 STAGE_US = 0.1

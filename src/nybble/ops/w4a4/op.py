@@ -227,8 +227,8 @@ def w4a4_linear(
     Raises:
         TypeError: a dtype. ValueError: a shape or device. UnsupportedError: the variant can't run here.
 
-    Numerics: the sum over K is exact, in int32 (K up to 100000); it is scaled in float32, and the result rounded once. A row
-        whose scale is NaN comes out as NaN, no other row does. Deterministic.
+    Numerics: the sum over K is exact, in int32 (K up to 100000); it is scaled in float32, and the result rounded once.
+        A row whose scale is NaN comes out as NaN, no other row does. Deterministic.
     """
     if not isinstance(weight, ChannelWeight):
         remedy = "Pack with ChannelWeight.from_values or from_float."

@@ -11,9 +11,7 @@ EXACT = 1 << 24
 """Integers up to which float32 has them all."""
 
 
-def linear(
-    q_x: Tensor, scale_x: Tensor, weight: ChannelWeight, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def linear(q_x: Tensor, scale_x: Tensor, weight: ChannelWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``(q_x @ q) * scale_x * scale_w (+ bias)``: an exact sum of integers, then float32, rounded once to ``dtype``."""
     q, scales = weight.unpack()
     exact = torch.float32 if weight.in_features * 128 * 8 <= EXACT else torch.float64
