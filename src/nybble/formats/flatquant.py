@@ -107,7 +107,9 @@ def _checked(checkpoint: Checkpoint, name: str, transform: str, clip: float) -> 
     out_features, words = shape(weight, (torch.int32,), 2)
     in_features, bias = words * 8, f"{name}.bias" in checkpoint
     if out_features % 8 or not out_features * words:
-        raise CheckpointError(checkpoint.file_of(weight), weight, f"{out_features} output features: not a multiple of 8")
+        raise CheckpointError(
+            checkpoint.file_of(weight), weight, f"{out_features} output features: not a multiple of 8"
+        )
     for short, dtypes in ((SCALE, (torch.float32,)), *(((("bias", (*_FLOATS, torch.float64)),)) if bias else ())):
         got = shape(f"{name}.{short}", dtypes, 1)
         if got != (out_features,):

@@ -257,10 +257,14 @@ def _flat(
             raise CheckpointError(checkpoint.file_of(tensor), tensor, "the model has no linear layer of this name")
         got, want = (module.in_features, module.out_features), _features(linears[name])
         if got != want:
-            reason = f"expected {want[0]} input and {want[1]} output features from config.json, got {got[0]} and {got[1]}"
+            reason = (
+                f"expected {want[0]} input and {want[1]} output features from config.json, got {got[0]} and {got[1]}"
+            )
             raise CheckpointError(checkpoint.file_of(tensor), tensor, reason)
         if module.bias != (linears[name].bias is not None):
-            reason = "there is one, and the model's layer has none" if module.bias else "missing; the model's layer has one"
+            reason = (
+                "there is one, and the model's layer has none" if module.bias else "missing; the model's layer has one"
+            )
             raise CheckpointError(checkpoint.folder, f"{name}.bias", reason)
     return modules
 

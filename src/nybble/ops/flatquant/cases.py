@@ -134,6 +134,12 @@ class FlatQuantCase(Case):
             op.source(spec, c.config) for c in cost.candidates(spec, hardware) if c.variant == "cuda" and not c.refused
         ]
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the activations: as they come, and in both forms of the result with their scales."""
+        count, name = self.tokens * self.features, str(self.dtype).removeprefix("torch.")
+        held = {name: count * self.dtype.itemsize, "int8": count + 4 * self.tokens}
+        return held | {"int32": count // 2 + 4 * self.tokens} if self.features % 8 == 0 else held
+
     @property
     def bytes(self) -> int:
         out = self.clips * (self.features // 2 if self.packed else self.features) + 4 * self.clips
@@ -159,6 +165,15 @@ BENCH: tuple[FlatQuantCase, ...] = (
     FlatQuantCase(4096, 64, 64, clips=3),
 )
 """What a GPU is measured on: hidden and intermediate sizes of Llama and Qwen, the forms of the result, every dtype."""
+
+DETAILED: tuple[FlatQuantCase, ...] = tuple(
+    FlatQuantCase(tokens, m, n, dtype, packed=packed)
+    for tokens in (16, 1024)
+    for m, n in SIZES
+    for dtype in DTYPES
+    for packed in (True, False)
+)
+"""What ``nybble bench run flatquant --detailed`` adds: every dtype and form of the result at the sizes of models."""
 
 SMALL: tuple[FlatQuantCase, ...] = tuple(FlatQuantCase(8, 16, 32, dtype) for dtype in DTYPES)
 """What a CPU can run in a moment."""

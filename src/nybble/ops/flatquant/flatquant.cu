@@ -1,7 +1,10 @@
 // FlatQuant: each row of x, as a small matrix, between two transforms on the tensor cores, then its scale and its int4 values.
 //
 // Computes      Y = L^T x R of each token's x as [M, N]; for each clip ratio c: scale = max(c * max|Y| / 7, 2^-126), or 1 where
-//               all of Y is 0; q = clamp(round_half_even(Y / scale), -8, 7). A row with a NaN or an infinite Y: scale NaN, q 0
+//               all of Y is 0; q = clamp(round_half_even(Y / scale), -8, 7). A row with a NaN or an infinite Y: scale NaN, q 0.
+//               Sums fp32. T = x R is rounded once to X; of fp16, when the largest of a warp's T is not in [2^-8, 65504], after
+//               multiplication by 2^+-16 or 2^+-32 (a warp's columns have their own factor), so that nothing overflows. fp32:
+//               products of tf32 pairs (hi + lo, 22 bits of each factor), T not rounded. The quotient is Y * (1 / scale)
 // Tensors       x: X [tokens, M * N], rows row_stride elements apart, 16-byte aligned where ALIGNED; left: X [M, M]; right: X
 //               [N, N], contiguous, 16-byte aligned; q: int8 [CLIPS, tokens, F], or PACKED uint32 [CLIPS, tokens, F / 8], F = M * N,
 //               16-byte aligned; scales: float [CLIPS, tokens]. clip0 .. clip3: the ratios, in (0, 1]
@@ -18,9 +21,6 @@
 // Constants     X: half_t, bf16_t, float; M, N: 1..256; NW: 16, 32, 64; WARPS, PARTS, GROUPS; BUFFERS: 0..2; PACKED, OFFSET, STAGED, ALIGNED,
 //               RESIDENT: 0/1; CLIPS: 1..4; CLAMP: whether a ratio is below 1; BLOCKS: of an SM; SHARED: bytes
 // Roof          memory: (sizeof(X) + 1/2 or 1) * tokens * F bytes; tensor cores 2 * tokens * F * (M + N) flops
-// Numerics      products fp32. T is rounded once to X; of fp16, when the largest of a warp's T is not in [2^-8, 65504], after
-//               multiplication by 2^+-16 or 2^+-32 (a warp's columns have their own factor), so that nothing overflows. fp32: products
-//               of tf32 pairs (hi + lo, 22 bits of each factor), T not rounded. The quotient is a product with 1 / scale
 // Source        own work; the formula: FlatQuant (Sun et al. 2024)
 #include "copy.cuh"
 #include "dependent.cuh"
