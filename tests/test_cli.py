@@ -304,6 +304,40 @@ def test_bench_run_prints_a_table_and_what_is_missing():
         assert word in output
 
 
+def test_bench_run_checks_accuracy_alone(monkeypatch):
+    monkeypatch.setattr("nybble.bench.run.time_calls", lambda *_, **__: pytest.fail("timed"))
+    out = run("bench", "run", "flatquant", "--device", "cpu", "--check", "accuracy", "--detailed").stdout
+    assert out.count("within tolerance") == 3
+    assert out.count("int32 0.002 MB") == 3
+    data = run_json("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy")
+    assert [one["wrong"] for one in data["accuracy"]] == ["", ""]
+    assert data["rows"] == []
+    assert "nothing is timed" in mistake("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy", "--save")
+
+
+def test_bench_run_checks_accuracy_and_times():
+    data = run_json("bench", "run", "w4a4", "--device", "cpu", "--check", "all", "--quick", "--no-peers")
+    assert len(data["accuracy"]) == len(data["rows"]) == 2
+
+
+def test_an_inaccurate_result_is_said_and_exits_1(monkeypatch):
+    from nybble.ops.w4a4 import op
+
+    real = op.linear
+    monkeypatch.setattr(op, "linear", lambda *given: real(*given) * 1.01)
+    result = run("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy", code=1)
+    assert "WRONG" in result.stdout
+    assert "WRONG" in result.stderr
+
+
+def test_pack_then_ppl(model, text, tmp_path):
+    facts = run_json("pack", model, tmp_path / "packed", "--dtype", "float32")
+    assert facts["modules"] == 8
+    assert run_json("ppl", tmp_path / "packed", "--text", text, "--device", "cpu")["unfused"]["ppl"] > 1
+    assert "where there is nothing yet" in mistake("pack", model, tmp_path / "packed", code=1)
+    assert "packed" in run("pack", model, tmp_path / "other" / "packed", "--transform", "none").stdout
+
+
 def test_bench_run_as_json_saved_twice(tmp_path):
     arguments = ("bench", "run", "norm", "--quick", "--device", "cpu", "--filter", "rmsnorm", "--no-peers")
     first = run_json(*arguments, "--save", "--results", tmp_path, "--commit", "abc")

@@ -17,14 +17,14 @@ class Accuracy(NamedTuple):
 
     Attributes:
         case, variant: the request and who computed it.
-        equal: the share of elements that are the truth, rounded to the result's dtype.
+        equal: the share of elements, by output, that are the truth rounded to the result's dtype.
         largest: the largest difference, by output. rel_err: ``|got - truth| / |truth|`` over all outputs.
         wrong: why it is not within the case's tolerance, ``""`` when it is.
     """
 
     case: str
     variant: str
-    equal: float
+    equal: tuple[float, ...]
     largest: tuple[float, ...]
     rel_err: float
     wrong: str
@@ -41,13 +41,13 @@ def measure(case: Case, device: torch.device, hardware: Hardware | None) -> list
                 got = case.readable(as_tuple(case.run(inputs, variant)))
                 wrong = fault(case, inputs, got, truth, own=True)
             except Exception as error:  # whatever a variant raises is its own line
-                found.append(Accuracy(label(case), variant, 0.0, (), float("nan"), one_line(error)))
+                found.append(Accuracy(label(case), variant, (), (), float("nan"), one_line(error)))
                 continue
-            same = sum(int((g == t.to(g.dtype)).sum()) for g, t in zip(got, truth, strict=True))
-            apart = [(g.double() - t).abs() for g, t in zip(got, truth, strict=True)]
+            pairs = list(zip(got, truth, strict=True))
+            same = tuple(float((g == t.to(g.dtype)).double().mean()) if t.numel() else 1.0 for g, t in pairs)
+            apart = [(g.double() - t).abs() for g, t in pairs]
             largest = tuple(float(d.max()) if d.numel() else 0.0 for d in apart)
-            total = max(1, sum(t.numel() for t in truth))
-            found.append(Accuracy(label(case), variant, same / total, largest, relative_error(got, truth), wrong))
+            found.append(Accuracy(label(case), variant, same, largest, relative_error(got, truth), wrong))
     return found
 
 
@@ -55,10 +55,11 @@ def lines(found: list[Accuracy]) -> list[str]:
     """For people: one line a variant."""
     text = []
     for one in found:
+        equal = ", ".join(f"{100 * share:.3f} %" for share in one.equal)
         largest = ", ".join(f"{value:.3g}" for value in one.largest)
         state = f"WRONG: {one.wrong}" if one.wrong else "within tolerance"
         text.append(
-            f"{one.case}  {one.variant}: {100 * one.equal:.3f} % equal, largest difference {largest}, "
+            f"{one.case}  {one.variant}: {equal} equal, largest difference {largest}, "
             f"relative {one.rel_err:.1e}, {state}"
         )
     return text

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from nybble.runtime.hardware import Hardware
 
 
+app = new_app("Measure the operations beside their peers, and explain which kernel runs.")
+
+
 class Check(StrEnum):
     """What a run looks at."""
 
@@ -35,8 +38,6 @@ class Check(StrEnum):
     performance = "performance"
     all = "all"
 
-
-app = new_app("Measure the operations beside their peers, and explain which kernel runs.")
 
 JSON = typer.Option(False, "--json", help="Print one JSON object and nothing else.")
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
@@ -48,6 +49,9 @@ OPS_OR_SHAPE = typer.Argument(
 OPS_WITH_ROWS = typer.Argument(None, metavar="[OP]...", help="Operations; when left out, all that have rows.")
 RESULTS = typer.Option("results", help="Where rows are kept.")
 PLOT_TO = typer.Option(None, "--plot-to", help="The same into this .svg or .png; needs a single OP.")
+CHECK = typer.Option(
+    None, "--check", help="accuracy: results beside float64, nothing timed; performance: the tables; all: both."
+)
 PICTURES = typer.Option("docs/ops", help="The folder the pictures go to, each as <op>.svg.")
 
 
@@ -61,7 +65,7 @@ def cases_module(op: str) -> Any:
 
 
 def select(ops: list[str], *, gpu: bool, words: str, detailed: bool = False) -> dict[str, list[Case]]:
-    """The cases to run by operation: those for a GPU or those for a CPU, that hold every word; the further ones last."""
+    """The cases to run by operation: those for a GPU or for a CPU, the further ones if asked, that hold every word."""
     from nybble.bench.run import label
     from nybble.ops import OPERATIONS
 
@@ -133,11 +137,7 @@ def run(
         None, "--runs", min=1000, help="Calls timed one by one; 1000, on a CPU with --quick 100."
     ),
     group_size: int | None = typer.Option(None, "--group-size", help="Of one product: 16, 32, 64, 128, 256 or -1."),
-    check: Check | None = typer.Option(
-        None,
-        "--check",
-        help="accuracy: Nybble's results beside float64, nothing timed; performance: the tables; all: both.",
-    ),
+    check: Check | None = CHECK,
     detailed: bool = typer.Option(False, "--detailed", help="The operation's further cases too, and memory they take."),
     device: str = DEVICE,
     json: bool = JSON,

@@ -25,13 +25,14 @@ class Transform(StrEnum):
 
 
 SOURCE = typer.Argument(..., metavar="MODEL", help="Folder of the model; demo: the demo model.")
+DESTINATION = typer.Argument(..., metavar="DESTINATION", help="A folder that does not exist yet.")
 TO = typer.Option(Format.flatquant, "--to", help="flatquant: int4 weights and int4 activations.")
 TRANSFORM = typer.Option(Transform.hadamard, help="hadamard: orthogonal, spreads outliers; none: to compare.")
 
 
 def pack(
     model: Path = SOURCE,
-    destination: Path = typer.Argument(..., metavar="DESTINATION", help="A folder that does not exist yet."),
+    destination: Path = DESTINATION,
     to: Format = TO,
     transform: Transform = TRANSFORM,
     clip_ratio: float = typer.Option(1.0, min=0.01, max=1.0, help="Of the activations' largest magnitude."),
@@ -39,6 +40,7 @@ def pack(
     json: bool = JSON,
 ) -> None:
     """Write a model with int4 weights and activations, which every other command then takes."""
+    import torch
     from rich.progress import Progress
 
     from nybble.models import flatquant
@@ -48,11 +50,7 @@ def pack(
     if destination.exists():
         raise wrong_value("pack", "destination", "a path where there is nothing yet", destination)
     folder = assets() if str(model) == "demo" and not model.exists() else model
-    kind, console = dtype_of(dtype), stderr()
-    assert kind is not None or dtype == "auto"
-    import torch
-
-    kind = kind or torch.float16
+    kind, console = dtype_of(dtype) or torch.float16, stderr()
     loaded = load(folder, device="cpu", dtype=torch.float32)
     with Progress(console=console, transient=True, disable=json or not console.is_terminal) as bar:
         task = bar.add_task("Rounding", total=None)

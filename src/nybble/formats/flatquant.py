@@ -2,15 +2,15 @@
 
 Beside the tensors that stay as they are, ``model.safetensors`` holds::
 
-    <module>.weight_int4    int32 [out, in / 8]    value of input feature i in bits 4 (i % 8) of word i / 8, two's complement
+    <module>.weight_int4    int32 [out, in / 8]    input feature i in bits 4 (i % 8) of word i / 8, two's complement
     <module>.weight_scale   float32 [out]
     <module>.bias           [out], where there is one
     <transform>.left_trans  [M, M]                 M * N = in
     <transform>.right_trans [N, N]
 
 and ``quantization_config`` of ``config.json`` says ``{"quant_method": "flatquant", "format_version": 1, "bits": 4,
-"modules": {<module>: {"transform": <transform>, "clip_ratio": <number>}}}``. The weight is of the transformed activations:
-``y = Q(x P) W'`` with P the Kronecker product of both transforms.
+"modules": {<module>: {"transform": <transform>, "clip_ratio": <number>}}}``. The weight is of the transformed
+activations: ``y = Q(x P) W'`` with P the Kronecker product of both transforms.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _checked(checkpoint: Checkpoint, name: str, transform: str, clip: float) -> 
         raise CheckpointError(
             checkpoint.file_of(weight), weight, f"{out_features} output features: not a multiple of 8"
         )
-    for short, dtypes in ((SCALE, (torch.float32,)), *(((("bias", (*_FLOATS, torch.float64)),)) if bias else ())):
+    vectors = {SCALE: (torch.float32,)} | ({"bias": (*_FLOATS, torch.float64)} if bias else {})
+    for short, dtypes in vectors.items():
         got = shape(f"{name}.{short}", dtypes, 1)
         if got != (out_features,):
             raise wrong(f"{name}.{short}", [out_features], list(got))
@@ -160,9 +161,9 @@ def orthogonal(size: int, seed: int) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """A float weight ``[out, in]``, turned to fit transformed activations and rounded to the nearest: the file's tensors.
+    """A float weight ``[out, in]`` for transformed activations, rounded to the nearest: the file's tensors.
 
-    ``x W^T = (x P) (W P^-T)^T`` with ``P`` the Kronecker product of ``left`` and ``right``, so each of them is inverted.
+    ``x W^T = (x P) (W P^-T)^T`` with ``P`` the Kronecker product of ``left`` and ``right``: each of them is inverted.
     """
     from nybble.ops.flatquant.reference import pack
 

@@ -64,10 +64,11 @@ class FlatQuantTransform(nn.Module):
         if kept is None or kept[0]() is not x or kept[1] != version:
             q, scales = flatquant_dynamic_quantize(rows, self.left_trans, self.right_trans, self.ratios)
             kept = (weakref.ref(x), version, q, scales, self.users)
-        left = kept[4] - 1  # once all have had it, it is of no use any more
-        self._kept = (*kept[:4], left) if left else None
+        where, version, q, scales, awaited = kept
+        # Once all have had it, it is of no use any more.
+        self._kept = (where, version, q, scales, awaited - 1) if awaited > 1 else None
         which = self.ratios.index(clip_ratio)
-        return kept[2][which].view(x.shape), kept[3][which].view(x.shape[:-1])
+        return q[which].view(x.shape), scales[which].view(x.shape[:-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}

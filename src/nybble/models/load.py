@@ -8,7 +8,7 @@ configuration; no part of its own loading is used, nothing is downloaded and no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ def _plan(
 
 
 def _flat(
-    linears: dict[str, nn.Module], modules: dict[str, FlatModule], checkpoint: Checkpoint
+    linears: Mapping[str, nn.Module], modules: dict[str, FlatModule], checkpoint: Checkpoint
 ) -> dict[str, FlatModule]:
     """The modules as the model has them, which are named so in the file."""
     for name, module in modules.items():

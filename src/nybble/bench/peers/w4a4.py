@@ -23,7 +23,7 @@ def _dense(case: Case, inputs: Any) -> Call:
 
 
 def int8(q_x: Tensor, scale_x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = torch._int_mm(q_x, q) * scale_x[:, None] * scales
+    y = torch.ops.aten._int_mm(q_x, q) * scale_x[:, None] * scales
     return (y if bias is None else y + bias).to(dtype)
 
 
