@@ -334,7 +334,7 @@ def test_pack_then_ppl(model, text, tmp_path):
     facts = run_json("pack", model, tmp_path / "packed", "--dtype", "float32")
     assert facts["modules"] == 8
     assert run_json("ppl", tmp_path / "packed", "--text", text, "--device", "cpu")["unfused"]["ppl"] > 1
-    assert "where there is nothing yet" in mistake("pack", model, tmp_path / "packed", code=1)
+    assert "where there is nothing yet" in mistake("pack", model, tmp_path / "packed")
     assert "packed" in run("pack", model, tmp_path / "other" / "packed", "--transform", "none").stdout
 
 
@@ -445,7 +445,7 @@ def test_pictures_that_cannot_be_are_refused_before_anything_is_measured(monkeyp
     line = mistake(*RMSNORM, "--plot-to", tmp_path / "norm.pdf")
     assert line == "nybble: plot: path: expected a name that ends in .svg or .png, got 'norm.pdf'"
     several = mistake("bench", "run", "--device", "cpu", "--plot-to", tmp_path / "all.svg")
-    assert several.endswith("one picture shows one operation, not norm, w4a16, ln_qkv; name one OP, or use --plot")
+    assert several.endswith(f"shows one operation, not {', '.join(OPERATIONS)}; name one OP, or use --plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in mistake(*RMSNORM, "--plot", code=1)
@@ -500,7 +500,7 @@ def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
 def test_mistakes_of_bench_plot(results, tmp_path):
     options = ("--results", results, "--to", tmp_path / "pictures")
     assert "there are norm, w4a16, ln_qkv" in mistake("bench", "plot", "conv", *options)
-    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16, ln_qkv")
+    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith(f"b200: no rows of {', '.join(OPERATIONS)}")
     assert mistake("bench", "plot", "w4a16", *options, "--gpu", "fake").endswith("w4a16.jsonl: no such file or folder")
     assert "--dtype" in mistake("bench", "plot", *options, "--gpu", "fake", "--dtype", "int8")
     line = mistake("bench", "plot", *options, "--gpu", "fake")

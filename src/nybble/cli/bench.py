@@ -410,14 +410,19 @@ def plot_saved(
 @app.command("explain")
 def explain(
     op: str = typer.Argument(..., help="The operation."),
-    m: int | None = typer.Option(None, "--m", min=0, help="w4a16, ln_qkv: rows (tokens)."),
-    n: int | None = typer.Option(None, "--n", min=1, help="w4a16, ln_qkv: output features."),
-    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv: input features."),
+    m: int | None = typer.Option(
+        None, "--m", min=0, help="w4a16, ln_qkv, w4a4: rows (tokens); flatquant: rows of the left transform."
+    ),
+    n: int | None = typer.Option(
+        None, "--n", min=1, help="w4a16, ln_qkv, w4a4: output features; flatquant: rows of the right transform."
+    ),
+    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv, w4a4: input features."),
     group_size: int | None = typer.Option(
         None, "--group-size", help="w4a16, ln_qkv: 16, 32, 64, 128, 256, or -1 for K."
     ),
     rows: int | None = typer.Option(None, "--rows", min=0, help="norm: rows (tokens)."),
     hidden: int | None = typer.Option(None, "--hidden", min=1, help="norm: hidden size."),
+    tokens: int | None = typer.Option(None, "--tokens", min=0, help="flatquant: tokens."),
     function: str = typer.Option("", "--function", help="Which function of the operation, such as add_rmsnorm."),
     dtype: str = typer.Option("float16", "--dtype", help="float16, bfloat16 or float32."),
     hardware: str = typer.Option("", "--hardware", help="h200, a100 or current; without a GPU here, h200."),
@@ -427,7 +432,7 @@ def explain(
 
     Needs no GPU: the choice is a function of the request and the hardware.
     """
-    given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden}
+    given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden, "tokens": tokens}
     case = _case(op, {name: value for name, value in given.items() if value is not None}, dtype, function)
     card = _hardware(hardware)
     choice = case.choice(card)
