@@ -34,4 +34,4 @@ def _int8(case: Case, inputs: Any) -> Call:
     return Call(int8, (inputs.q_x, inputs.scale_x, q, inputs.scales, inputs.bias, case.dtype))
 
 
-PEERS = (Peer("cublas", "fp16", "torch", _dense), Peer("torch", "int8", "torch", _int8))
+PEERS = (Peer("torch", "fp16", "torch", _dense), Peer("torch", "int8", "torch", _int8))

@@ -12,7 +12,9 @@ from nybble.runtime.choice import choose as pick
 from nybble.runtime.hardware import Hardware
 
 WARPS = 8
-"""Of a block, at 255 registers each: the accumulators of Y are most of them."""
+"""Of a block, at 255 registers each."""
+LEAST = 136
+"""Registers of a thread, however few columns its warp has: 130 with 16 columns of 64 rows."""
 WIDEST = {2: 128, 4: 64}
 """Accumulators of Y a thread, by the bytes of an element of x. Beside them are those of T: half as many registers when
 rounded to 16 bits, as many in fp32."""
@@ -90,7 +92,7 @@ def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
         registers = (2 if wide else 1.5) * mp * nw / 32 + (90 if wide else 60)
         if registers > min(255, 65536 // (32 * warps) // 8 * 8):
             continue
-        of_block = min(WARPS, int(65536 / 32 / (_up(int(registers), 8))))
+        of_block = 65536 // 32 // _up(max(LEAST, int(registers)), 8)
         groups = 1 if spec.tokens <= hardware.sms else min(15, max(1, of_block // warps))
         while groups:
             found = build(nw, warps, 1, groups)

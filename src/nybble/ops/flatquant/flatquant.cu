@@ -82,7 +82,8 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
     unsigned char* const staged = reinterpret_cast<unsigned char*>(shared_left + LEFT + GROUPS * BUFFERS * ROOM) + group * STAGE;
     float* const largest_of = reinterpret_cast<float*>(staged + (GROUPS - group) * STAGE) + group * WARPS;
     const int of_group = w * 32 + lane;
-    const long long first = static_cast<long long>(blockIdx.x) * GROUPS + group, step = static_cast<long long>(gridDim.x) * GROUPS;
+    // Neighbouring tokens are in different blocks, so that few of them are on as many multiprocessors as can be.
+    const long long first = blockIdx.x + static_cast<long long>(gridDim.x) * group, step = static_cast<long long>(gridDim.x) * GROUPS;
 
     auto sync_group = [&] {
         if constexpr (WARPS == 1) __syncwarp();
@@ -207,7 +208,7 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
             } else {
                 float part[PAIRS][MP / 8][4] = {};
                 unsigned b[TILES][STRIPS][2];
-#pragma unroll 1
+#pragma unroll 2
                 for (int k = 0; k < NK; k += 16) {
                     unsigned rows[STRIPS][4];
 #pragma unroll

@@ -92,11 +92,11 @@ def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
     return Source(KERNEL, constants)
 
 
-_PLANS: dict[tuple[Any, ...], tuple[Plan, int, int] | None] = {}
-"""By request: the plan, tokens a block and blocks at once; ``None`` where the reference runs."""
+_PLANS: dict[tuple[Any, ...], tuple[Plan, int] | None] = {}
+"""By request: the plan and how many blocks run at once; ``None`` where the reference runs."""
 
 
-def _make(spec: cost.Spec, device: int) -> tuple[Plan, int, int] | None:
+def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
     chosen = cost.choose(spec, card).pick
@@ -111,7 +111,7 @@ def _make(spec: cost.Spec, device: int) -> tuple[Plan, int, int] | None:
         shared_bytes=config["SHARED"],
         overlap=card.capability >= (9, 0),
     )
-    return plan, config["GROUPS"], plan.clusters_at_once()
+    return plan, plan.clusters_at_once()
 
 
 def _straight(x: Tensor) -> Tensor:
@@ -155,12 +155,11 @@ def cuda(
     entry = _PLANS[key]
     if entry is None:
         return flatquant(x, left, right, clip_ratios, packed, offset)
-    plan, together, at_once = entry
+    plan, at_once = entry
     q, scales = _results(x, len(clip_ratios), packed)
     if tokens:
-        blocks = min(-(-tokens // together), at_once)
         plan.launch(
-            (blocks, 1, 1),
+            (min(tokens, at_once), 1, 1),
             x.data_ptr(), left.data_ptr(), right.data_ptr(), q.data_ptr(), scales.data_ptr(), tokens, stride, *clips,
         )  # fmt: skip
     return q, scales
