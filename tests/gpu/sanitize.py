@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checks import check_case
 
 from nybble.ops.case import Case
+from nybble.ops.flatquant.cases import FlatQuantCase
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.w4a4.cases import W4A4Case
 from nybble.ops.w4a16.cases import W4A16Case
 
 FEW = ("stream", "wgmma")  # the second on Hopper
@@ -38,6 +40,15 @@ CASES: tuple[tuple[Case, str], ...] = (
     (W4A16Case(70, 384, 256, 64, activation="silu_mul", residual=True), "gemm"),
     *((W4A16Case(m, 12288, 512), "wgmma") for m in (1, 16, 32, 64)),  # several tiles a worker
     *((W4A16Case(m, 12288, 1024), "gemm") for m in (32, 64, 256)),
+    *(
+        (FlatQuantCase(tokens, m, n), "cuda")
+        for tokens in (1, 300)
+        for m, n in ((64, 64), (86, 128), (22, 40), (7, 24))
+    ),
+    *((FlatQuantCase(300, 64, 80, dtype, packed=False), "cuda") for dtype in (torch.bfloat16, torch.float32)),
+    *((FlatQuantCase(3, 256, n, packed=False, clips=2), "cuda") for n in (256, 9)),
+    *((W4A4Case(m, 72, 272, bias=True), "gemm") for m in (1, 16, 33, 128, 300)),
+    *((W4A4Case(m, 12288, 512), "gemm") for m in (1, 64, 1024)),  # several tiles a worker
 )
 
 
