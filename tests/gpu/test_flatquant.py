@@ -137,6 +137,10 @@ def test_opcheck_graph_and_device_errors() -> None:
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match="left_trans: expected device cuda:0"):
         quantize(inputs.x, inputs.left.cpu(), inputs.right)
+    with pytest.raises(ValueError, match="left_trans: expected a square matrix"):
+        quantize(inputs.x, inputs.left[0, 0], inputs.right)
+    with pytest.raises(ValueError, match="input_tensor: expected shape"):
+        quantize(inputs.x[0, 0], inputs.left, inputs.right)
     with pytest.raises(ValueError, match="clip_ratio"):
         quantize(*inputs, 1.5)
     check_case(replace(case, tokens=9), "cuda")

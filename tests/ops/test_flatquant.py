@@ -125,6 +125,8 @@ def bad() -> list[tuple[str, type[Exception], str]]:
         ("x=x.int()", TypeError, "input_tensor: expected float16, bfloat16 or float32"),
         ("x=x[0]", ValueError, r"input_tensor: expected shape \[batch_tokens, features\]"),
         ("left=left.half()", TypeError, "left_trans: expected torch.float32, the dtype of input_tensor"),
+        ("left=left[0, 0]", ValueError, "left_trans: expected a square matrix"),
+        ("x=x[0, 0]", ValueError, "input_tensor: expected shape"),
         ("right=right[:3]", ValueError, "right_trans: expected a square matrix"),
         ("left=left.t()", ValueError, r"left_trans: expected a contiguous matrix.*contiguous\(\)"),
         ("x=x[:, :24]", ValueError, "features = M \\* N = 4 \\* 8 = 32.*get_decompose_dim"),

@@ -130,7 +130,7 @@ def cuda(
 ) -> tuple[Tensor, Tensor]:
     """What runs on CUDA: values ``[clips, T, F]`` or ``[clips, T, F / 8]`` and scales ``[clips, T]``."""
     device, shape = x.get_device(), x.shape
-    m, n, tokens = left.shape[0], right.shape[0], shape[0] if shape else 0
+    m, n, tokens = (t.shape[0] if t.dim() else 0 for t in (left, right, x))
     stride = x.stride(0) if x.dim() == 2 else 0
     # Nobody writes more ratios than four, and each must be looked at.
     clips = (*clip_ratios, 1.0, 1.0, 1.0)[:MOST_CLIPS]
