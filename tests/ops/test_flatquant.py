@@ -15,6 +15,7 @@ from torch import Tensor
 import nybble
 from nybble.ops.flatquant import cost
 from nybble.ops.flatquant.cases import DTYPES, SIZES, SMALL, FlatQuantCase
+from nybble.ops.flatquant.op import cuda
 from nybble.ops.flatquant.reference import pack, unpack
 from nybble.runtime.hardware import A100, H200
 
@@ -143,20 +144,26 @@ def bad() -> list[tuple[str, type[Exception], str]]:
 
 
 @pytest.mark.parametrize(("change", "error", "text"), bad())
-@pytest.mark.parametrize("meta", [False, True])
-def test_bad_input_is_refused(change: str, error: type[Exception], text: str, meta: bool) -> None:
+@pytest.mark.parametrize("path", ["cpu", "meta", "cuda"])
+def test_bad_input_is_refused(change: str, error: type[Exception], text: str, path: str) -> None:
+    """In the same words everywhere; what runs on a GPU gets as far as this without one."""
     given: dict[str, object] = {
         "torch": torch, "x": torch.randn(3, 32), "left": torch.randn(4, 4), "right": torch.randn(8, 8), "clip": 1.0,
         "packed": False, "offset": False,
     }  # fmt: skip
     exec(change, given)
     tensors = [given[name] for name in ("x", "left", "right")]
-    if meta:
+    if path == "meta":
         if "meta" in change:
             pytest.skip("all of them are meta tensors then")
         tensors = [t.to("meta") for t in tensors if isinstance(t, Tensor)]
     with pytest.raises(error, match=text):
-        quantize(*tensors, given["clip"], given["packed"], offset_binary=given["offset"])  # type: ignore[arg-type]
+        if path == "cuda":
+            clip = given["clip"]
+            ratios = clip if isinstance(clip, list) else [clip]
+            cuda(*tensors, ratios, given["packed"], given["offset"], "auto")  # type: ignore[arg-type]
+        else:
+            quantize(*tensors, given["clip"], given["packed"], offset_binary=given["offset"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

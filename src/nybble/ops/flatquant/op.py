@@ -142,7 +142,7 @@ def cuda(
     odd = left.dtype is not x.dtype or right.dtype is not x.dtype or len(shape) != 2 or shape[-1] != m * n
     odd |= left.get_device() != device or right.get_device() != device or not 1 <= len(clip_ratios) <= MOST_CLIPS
     odd |= left.shape != (m, m) or right.shape != (n, n) or not left.is_contiguous() or not right.is_contiguous()
-    odd |= not all(0.0 < clip <= 1.0 for clip in clips) or (x.stride(-1) != 1 and shape[-1] != 1)
+    odd |= not all(0.0 < clip <= 1.0 for clip in clips) or (len(shape) == 2 and x.stride(1) != 1 and shape[1] != 1)
     odd |= (left.data_ptr() | right.data_ptr()) & 15 != 0
     if odd or key not in _PLANS:
         check(x, left, right, clip_ratios, packed, offset)
