@@ -25,7 +25,8 @@ def check_case(
     """Run a case and hold every element of every output within its tolerance; returns the outputs."""
     inputs = case.make(device, seed) if inputs is None else inputs
     truth = case.truth(inputs)
-    poison(device, *(t.numel() * case.result_dtype.itemsize for t in truth))
+    dtypes = case.result_dtypes(len(truth))
+    poison(device, *(t.numel() * dtype.itemsize for t, dtype in zip(truth, dtypes, strict=True)))
     results = case.run(inputs, variant)
     for got, want in zip(results, truth, strict=True):
         assert got.is_contiguous()
@@ -37,9 +38,11 @@ def check_case(
 def within(case: Case, inputs: Any, results: tuple[Tensor, ...], truth: tuple[Tensor, ...] | None = None) -> None:
     """Hold every element of every output within its tolerance."""
     truth = case.truth(inputs) if truth is None else truth
+    results = case.readable(results)
     assert len(results) == len(truth)
-    for got, want, bound in zip(results, truth, case.tolerance(inputs, truth), strict=True):
-        assert got.dtype == case.result_dtype
+    dtypes = case.result_dtypes(len(results))
+    for got, want, bound, dtype in zip(results, truth, case.tolerance(inputs, truth), dtypes, strict=True):
+        assert got.dtype == dtype
         assert got.shape == want.shape
         excess = (got.double() - want).abs() - bound
         bad = ~(excess <= 0)

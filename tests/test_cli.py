@@ -304,6 +304,40 @@ def test_bench_run_prints_a_table_and_what_is_missing():
         assert word in output
 
 
+def test_bench_run_checks_accuracy_alone(monkeypatch):
+    monkeypatch.setattr("nybble.bench.run.time_calls", lambda *_, **__: pytest.fail("timed"))
+    out = run("bench", "run", "flatquant", "--device", "cpu", "--check", "accuracy", "--detailed").stdout
+    assert out.count("within tolerance") == 3
+    assert out.count("int32 0.002 MB") == 3
+    data = run_json("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy")
+    assert [one["wrong"] for one in data["accuracy"]] == ["", ""]
+    assert data["rows"] == []
+    assert "nothing is timed" in mistake("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy", "--save")
+
+
+def test_bench_run_checks_accuracy_and_times():
+    data = run_json("bench", "run", "w4a4", "--device", "cpu", "--check", "all", "--quick", "--no-peers")
+    assert len(data["accuracy"]) == len(data["rows"]) == 2
+
+
+def test_an_inaccurate_result_is_said_and_exits_1(monkeypatch):
+    from nybble.ops.w4a4 import op
+
+    real = op.linear
+    monkeypatch.setattr(op, "linear", lambda *given: real(*given) * 1.01)
+    result = run("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy", code=1)
+    assert "WRONG" in result.stdout
+    assert "WRONG" in result.stderr
+
+
+def test_pack_then_ppl(model, text, tmp_path):
+    facts = run_json("pack", model, tmp_path / "packed", "--dtype", "float32")
+    assert facts["modules"] == 8
+    assert run_json("ppl", tmp_path / "packed", "--text", text, "--device", "cpu")["unfused"]["ppl"] > 1
+    assert "where there is nothing yet" in mistake("pack", model, tmp_path / "packed")
+    assert "packed" in run("pack", model, tmp_path / "other" / "packed", "--transform", "none").stdout
+
+
 def test_bench_run_as_json_saved_twice(tmp_path):
     arguments = ("bench", "run", "norm", "--quick", "--device", "cpu", "--filter", "rmsnorm", "--no-peers")
     first = run_json(*arguments, "--save", "--results", tmp_path, "--commit", "abc")
@@ -411,9 +445,7 @@ def test_pictures_that_cannot_be_are_refused_before_anything_is_measured(monkeyp
     line = mistake(*RMSNORM, "--plot-to", tmp_path / "norm.pdf")
     assert line == "nybble: plot: path: expected a name that ends in .svg or .png, got 'norm.pdf'"
     several = mistake("bench", "run", "--device", "cpu", "--plot-to", tmp_path / "all.svg")
-    assert several.endswith(
-        "one picture shows one operation, not norm, w4a16, ln_qkv, q4_0; name one OP, or use --plot"
-    )
+    assert several.endswith(f"shows one operation, not {', '.join(OPERATIONS)}; name one OP, or use --plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in mistake(*RMSNORM, "--plot", code=1)
@@ -467,8 +499,8 @@ def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
 
 def test_mistakes_of_bench_plot(results, tmp_path):
     options = ("--results", results, "--to", tmp_path / "pictures")
-    assert "there are norm, w4a16, ln_qkv, q4_0" in mistake("bench", "plot", "conv", *options)
-    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith("b200: no rows of norm, w4a16, ln_qkv, q4_0")
+    assert f"there are {', '.join(OPERATIONS)}" in mistake("bench", "plot", "conv", *options)
+    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith(f"b200: no rows of {', '.join(OPERATIONS)}")
     assert mistake("bench", "plot", "w4a16", *options, "--gpu", "fake").endswith("w4a16.jsonl: no such file or folder")
     assert "--dtype" in mistake("bench", "plot", *options, "--gpu", "fake", "--dtype", "int8")
     line = mistake("bench", "plot", *options, "--gpu", "fake")
@@ -502,8 +534,8 @@ def test_bench_explain_shows_refusals_with_their_reasons():
 
 
 def test_mistakes_of_bench():
-    assert "there are norm, w4a16, ln_qkv, q4_0" in mistake("bench", "run", "conv")
-    assert "there are norm, w4a16, ln_qkv, q4_0" in mistake("bench", "explain", "conv")
+    assert f"there are {', '.join(OPERATIONS)}" in mistake("bench", "run", "conv")
+    assert f"there are {', '.join(OPERATIONS)}" in mistake("bench", "explain", "conv")
     assert "it has rows, hidden" in mistake("bench", "explain", "norm", "--m", 8)
     assert "add_rmsnorm" in mistake("bench", "explain", "norm", "--function", "batchnorm")
     assert "h200, a100, current" in mistake("bench", "explain", "norm", "--hardware", "b200")

@@ -30,10 +30,15 @@ _HOME = {
     "gemm_q4_0_q8_1": "nybble.ops.q4_0.op",
     "quantize_q8_1": "nybble.ops.q4_0.op",
     "Norm": "nybble.ops.w4a16.op",
+    "flatquant_dynamic_quantize": "nybble.ops.flatquant.op",
+    "dequantize_int4": "nybble.ops.flatquant.op",
+    "get_decompose_dim": "nybble.ops.flatquant.op",
+    "w4a4_linear": "nybble.ops.w4a4.op",
     "QuantizedWeight": "nybble.formats.grouped",
     "PackedWeight": "nybble.formats.tiles",
     "quantize_q4_0": "nybble.formats.gguf_q4_0",
     "unpack_q4_0": "nybble.formats.gguf_q4_0",
+    "ChannelWeight": "nybble.formats.channels",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the documentation
@@ -55,19 +60,26 @@ __all__ = [  # noqa: RUF022 - in the order of the documentation
     "gemm_q4_0_q8_1",
     "quantize_q8_1",
     "Norm",
+    "flatquant_dynamic_quantize",
+    "dequantize_int4",
+    "get_decompose_dim",
+    "w4a4_linear",
     "QuantizedWeight",
     "PackedWeight",
     "quantize_q4_0",
     "unpack_q4_0",
+    "ChannelWeight",
     "__version__",
 ]
 
 if TYPE_CHECKING:
+    from nybble.formats.channels import ChannelWeight
     from nybble.formats.gguf_q4_0 import quantize_q4_0, unpack_q4_0
     from nybble.formats.grouped import QuantizedWeight
     from nybble.formats.tiles import PackedWeight
     from nybble.models.load import load
     from nybble.models.patch import Report, fuse
+    from nybble.ops.flatquant.op import dequantize_int4, flatquant_dynamic_quantize, get_decompose_dim
     from nybble.ops.ln_qkv.op import fused_ln_qkv_gptq, ln_qkv, release_packed
     from nybble.ops.norm.op import (
         add_dual_layernorm,
@@ -78,6 +90,7 @@ if TYPE_CHECKING:
         rmsnorm,
     )
     from nybble.ops.q4_0.op import gemm_q4_0_fp16, gemm_q4_0_q8_1, q4_0_linear, quantize_q8_1
+    from nybble.ops.w4a4.op import w4a4_linear
     from nybble.ops.w4a16.op import Norm, w4a16_linear
 
 

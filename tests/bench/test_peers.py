@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from nybble.bench import peers
-from nybble.bench.peers import Inapplicable, ln_qkv, norm, w4a16
+from nybble.bench.peers import Inapplicable, flatquant, ln_qkv, norm, w4a4, w4a16
 from nybble.bench.run import as_tuple, fault
 from nybble.ops import OPERATIONS
+from nybble.ops.flatquant.cases import FlatQuantCase
 from nybble.ops.ln_qkv.cases import LnQkvCase
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
+from nybble.ops.w4a4.cases import W4A4Case
 from nybble.ops.w4a16.cases import W4A16Case
 
 NORM = [NormCase(function, 3, 64, dtype) for function in FUNCTIONS for dtype in (torch.float32, torch.float16)]
@@ -30,7 +32,8 @@ W4A16 = [SYMMETRIC, replace(SYMMETRIC, symmetric=False), replace(SYMMETRIC, bias
 def is_right(build, case) -> bool:
     inputs = case.make()
     call = build(case, inputs)
-    return fault(case, inputs, as_tuple(call.function(*call.arguments)), case.truth(inputs), own=False) == ""
+    got = case.readable(as_tuple(call.function(*call.arguments)))
+    return fault(case, inputs, got, case.truth(inputs), own=False) == ""
 
 
 def is_right_or_inapplicable(build, case) -> bool | None:
@@ -68,6 +71,28 @@ def test_an_operation_nobody_wrote_an_adapter_for_has_none():
 @pytest.mark.parametrize("case", NORM, ids=str)
 def test_eager_torch_computes_every_norm(case):
     assert is_right(norm._eager, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_eager_torch_quantises_as_flatquant_does(packed, dtype):
+    case = FlatQuantCase(9, 16, 32, dtype, packed=packed, clip=0.9)
+    assert is_right(flatquant._eager, case)
+    with pytest.raises(Inapplicable, match="one clip ratio"):
+        is_right(flatquant._eager, replace(case, clips=2))
+    with pytest.raises(Inapplicable, match="CUDA only"):
+        is_right(flatquant._compiled, case)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_dense_product_of_int4_activations(bias):
+    case = W4A4Case(20, 64, 128, torch.float16, bias=bias)
+    assert is_right(w4a4._dense, case)
+    with pytest.raises(Inapplicable, match="CUDA"):
+        is_right(w4a4._int8, case)
+    inputs = case.make()
+    y = w4a4.int8(inputs.q_x, inputs.scale_x, inputs.q, inputs.scales, inputs.bias, torch.float16)
+    assert fault(case, inputs, (y,), case.truth(inputs), own=False) == ""
 
 
 def test_compiled_torch_is_left_to_gpus():

@@ -11,6 +11,10 @@ static void copy_async_16(void* to_shared, const void* from, bool valid) {
     if (valid) std::memcpy(to_shared, from, 16);
     else std::memset(to_shared, 0, 16);
 }
+template <int BYTES> static void copy_async(void* to_shared, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to_shared) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES) fail("a misaligned copy");
+    std::memcpy(to_shared, from, BYTES);
+}
 static void commit_copies() {}
 template <int PENDING> static void wait_copies() {}
 static uint4 load_streaming(const uint4* from) {

@@ -95,6 +95,14 @@ static int __shfl_sync(unsigned, int value, int lane) {
     warp_barrier();
     return other;
 }
+static bool __any_sync(unsigned, bool value) {
+    warp_of().words[self->lane][0] = value;
+    warp_barrier();
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= warp_of().words[i][0] != 0;
+    warp_barrier();
+    return any;
+}
 static void __syncwarp() { warp_barrier(); }
 // A static __shared__ array: the same place for all threads of a block, told apart by its line.
 static unsigned char* static_shared(int line, size_t bytes) {
@@ -142,4 +150,20 @@ static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 static float __fdividef(float a, float b) { return a / b; }
 template <typename T> static T __ldg(const T* from) { return *from; }
 template <typename T> static void __stcs(T* to, T value) { *to = value; }
+static unsigned __float_as_uint(float v) {
+    unsigned bits;
+    std::memcpy(&bits, &v, 4);
+    return bits;
+}
+static float __int_as_float(int bits) {
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+}
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    unsigned d = 0;
+    for (int i = 0; i < 4; ++i) d |= unsigned(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+    return d;
+}
 using std::isnan;

@@ -36,6 +36,44 @@ static void load_matrices(unsigned (&r)[4], unsigned address) {
     warp_barrier();
 }
 static void load_matrices(unsigned (&r)[4], const void* row) { load_matrices(r, unsigned(__cvta_generic_to_shared(row))); }
+static void load_matrices_transposed(unsigned (&r)[4], const void* row) {
+    auto& addresses = warp_of().address;
+    addresses[self->lane] = __cvta_generic_to_shared(row);
+    if (addresses[self->lane] % 16) fail("a misaligned ldmatrix");
+    warp_barrier();
+    for (int i = 0; i < 4; ++i)
+        for (int e = 0; e < 2; ++e)
+            std::memcpy(reinterpret_cast<unsigned char*>(&r[i]) + 2 * e,
+                        shared_at(*self->block, addresses[i * 8 + self->lane % 4 * 2 + e], 16) + self->lane / 4 * 2, 2);
+    warp_barrier();
+}
+struct Split {
+    unsigned high, low;
+};
+static unsigned to_tf32(float v) {  // nearest, ties away; infinities and NaN as they are
+    const unsigned bits = __float_as_uint(v);
+    return std::isfinite(v) ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+static Split split(float v) {
+    const unsigned high = to_tf32(v);
+    return {high, to_tf32(v - __int_as_float(int(high)))};
+}
+static void mma_split(float (&d)[4], const Split (&a)[4], Split b0, Split b1) {
+    auto& words = warp_of().words;
+    const int g = self->lane / 4, t = self->lane % 4;
+    const unsigned parts[3][6] = {{a[0].low, a[1].low, a[2].low, a[3].low, b0.high, b1.high},
+                                  {a[0].high, a[1].high, a[2].high, a[3].high, b0.low, b1.low},
+                                  {a[0].high, a[1].high, a[2].high, a[3].high, b0.high, b1.high}};
+    for (const auto& part : parts) {
+        for (int i = 0; i < 6; ++i) words[self->lane][i] = part[i];
+        warp_barrier();
+        for (int i = 0; i < 4; ++i)
+            for (int k = 0; k < 8; ++k)
+                d[i] += __int_as_float(int(words[g * 4 + k % 4][i / 2 + k / 4 * 2])) *
+                        __int_as_float(int(words[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]));
+        warp_barrier();
+    }
+}
 static void store_transposed(unsigned first, unsigned second, void* row) {
     auto& warp = warp_of();
     warp.address[self->lane] = __cvta_generic_to_shared(row);

@@ -61,3 +61,13 @@ template <typename T> static PairOf<T> __hfma2(PairOf<T> a, PairOf<T> b, PairOf<
 }
 static half_t __ushort_as_half(unsigned short bits) { return {bits}; }
 static half2 __half2half2(half_t h) { return {{h, h}}; }
+static float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+static float saturated(float a, float b, float c) { return std::fmin(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }
+static unsigned larger_magnitude(unsigned a, unsigned b) {
+    unsigned d = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const unsigned x = a >> i & 0x7fff, y = b >> i & 0x7fff;  // as numbers, and NaN above all
+        d |= (x > y ? x : y) << i;
+    }
+    return d;
+}

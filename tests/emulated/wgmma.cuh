@@ -5,7 +5,7 @@
 static void wgmma_fence() {}
 static void wgmma_commit() {}
 template <int PENDING> static void wgmma_wait() {}
-template <int COUNT> static void arrived(float (&)[COUNT]) {}
+template <typename D, int COUNT> static void arrived(D (&)[COUNT]) {}
 static void fence_async() {}
 static unsigned wgmma_rows(const void* where) {
     const size_t at = __cvta_generic_to_shared(where);
@@ -27,6 +27,24 @@ static void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int
             uint16_t bits;
             std::memcpy(&bits, shared_at(*self->block, at, 2), 2);
             sum += half_of<T>(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * half_of<T>(bits, 0);
+        }
+        d[i] = sum;
+    }
+    warp_barrier();
+}
+template <int COUNT> static void wgmma_add(int (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {
+    auto& words = warp_of().words;
+    const int g = self->lane / 4, t = self->lane % 4;
+    for (int i = 0; i < 4; ++i) words[self->lane][i] = a[i];
+    warp_barrier();
+    for (int i = 0; i < COUNT; ++i) {
+        const int row = g + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + 2 * t + i % 2;
+        int sum = add ? d[i] : 0;
+        for (int k = 0; k < 32; ++k) {
+            size_t at = size_t(b) * 16 + column / 8 * 1024 + column % 8 * 128 + k;
+            at ^= at >> 3 & 0x70;
+            const unsigned word = words[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
+            sum += int(int8_t(word >> (k % 4 * 8))) * int(int8_t(*shared_at(*self->block, at, 1)));
         }
         d[i] = sum;
     }

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checks import check_case
 
 from nybble.ops.case import Case
+from nybble.ops.flatquant.cases import FlatQuantCase
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.q4_0.cases import Q4Case
+from nybble.ops.w4a4.cases import W4A4Case
 from nybble.ops.w4a16.cases import W4A16Case
 
 FEW = ("stream", "wgmma")  # the second on Hopper
@@ -47,6 +49,15 @@ CASES: tuple[tuple[Case, str], ...] = (
     ),
     *((Q4Case(m, 12288, 1024), "fused") for m in (1, 16, 64)),
     *((Q4Case(3, 136, 512, d, torch.float16), "fused") for d in (torch.bfloat16, torch.float32)),
+    *(
+        (FlatQuantCase(tokens, m, n), "cuda")
+        for tokens in (1, 300)
+        for m, n in ((64, 64), (86, 128), (22, 40), (7, 24))
+    ),
+    *((FlatQuantCase(300, 64, 80, dtype, packed=False), "cuda") for dtype in (torch.bfloat16, torch.float32)),
+    *((FlatQuantCase(3, 256, n, packed=False, clips=2), "cuda") for n in (256, 9)),
+    *((W4A4Case(m, 72, 272, bias=True), "gemm") for m in (1, 16, 33, 128, 300)),
+    *((W4A4Case(m, 12288, 512), "gemm") for m in (1, 64, 1024)),  # several tiles a worker
 )
 
 

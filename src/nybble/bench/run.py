@@ -95,7 +95,7 @@ def fault(case: Case, inputs: Any, got: Tensors, truth: Tensors, *, own: bool) -
     if shapes[0] != shapes[1]:
         return f"outputs of shape {shapes[0]}, expected {shapes[1]}"
     if not own:
-        error, limit = relative_error(got, truth), PEER_ERROR[case.dtype]
+        error, limit = relative_error(got, truth), case.peer_error or PEER_ERROR[case.dtype]
         return "" if error <= limit else f"relative error {error:.3g}, at most {limit:g} is right"
     for number, (g, t, allowed) in enumerate(zip(got, truth, case.tolerance(inputs, truth), strict=True)):
         excess = (g.double() - t.double()).abs() - allowed.double()
@@ -135,7 +135,7 @@ def bench_case(
         checked: list[Measurement | tuple[Measurement, Call]] = []
         for provider, variant, picked, call in _providers(case, inputs, hardware, peers, note):
             try:
-                got = as_tuple(call.function(*call.arguments))
+                got = case.readable(as_tuple(call.function(*call.arguments)))
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 wrong = fault(case, inputs, got, truth, own=provider == "nybble")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,23 @@ from nybble.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from nybble.bench.accuracy import Accuracy
     from nybble.bench.run import Measurement
     from nybble.ops.case import Case
     from nybble.runtime.choice import Choice
     from nybble.runtime.hardware import Hardware
 
+
 app = new_app("Measure the operations beside their peers, and explain which kernel runs.")
+
+
+class Check(StrEnum):
+    """What a run looks at."""
+
+    accuracy = "accuracy"
+    performance = "performance"
+    all = "all"
+
 
 JSON = typer.Option(False, "--json", help="Print one JSON object and nothing else.")
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
@@ -37,6 +49,9 @@ OPS_OR_SHAPE = typer.Argument(
 OPS_WITH_ROWS = typer.Argument(None, metavar="[OP]...", help="Operations; when left out, all that have rows.")
 RESULTS = typer.Option("results", help="Where rows are kept.")
 PLOT_TO = typer.Option(None, "--plot-to", help="The same into this .svg or .png; needs a single OP.")
+CHECK = typer.Option(
+    None, "--check", help="accuracy: results beside float64, nothing timed; performance: the tables; all: both."
+)
 PICTURES = typer.Option("docs/ops", help="The folder the pictures go to, each as <op>.svg.")
 
 
@@ -49,8 +64,8 @@ def cases_module(op: str) -> Any:
     return importlib.import_module(f"nybble.ops.{op}.cases")
 
 
-def select(ops: list[str], *, gpu: bool, words: str) -> dict[str, list[Case]]:
-    """The cases to run by operation: those for a GPU or those for a CPU, that hold every word."""
+def select(ops: list[str], *, gpu: bool, words: str, detailed: bool = False) -> dict[str, list[Case]]:
+    """The cases to run by operation: those for a GPU or for a CPU, the further ones if asked, that hold every word."""
     from nybble.bench.run import label
     from nybble.ops import OPERATIONS
 
@@ -59,6 +74,8 @@ def select(ops: list[str], *, gpu: bool, words: str) -> dict[str, list[Case]]:
     for op in dict.fromkeys(ops) if ops else OPERATIONS:
         module = cases_module(op)
         some = module.BENCH if gpu else module.SMALL
+        if detailed and gpu:
+            some = list(dict.fromkeys((*some, *getattr(module, "DETAILED", ()))))
         chosen[op] = [case for case in some if set(wanted) <= {op, *label(case).split()}]
     if wanted and not any(chosen.values()):
         raise typer.BadParameter(f"no case matches {words!r}; `nybble bench list` shows them", param_hint="--filter")
@@ -120,6 +137,8 @@ def run(
         None, "--runs", min=1000, help="Calls timed one by one; 1000, on a CPU with --quick 100."
     ),
     group_size: int | None = typer.Option(None, "--group-size", help="Of one product: 16, 32, 64, 128, 256 or -1."),
+    check: Check | None = CHECK,
+    detailed: bool = typer.Option(False, "--detailed", help="The operation's further cases too, and memory they take."),
     device: str = DEVICE,
     json: bool = JSON,
 ) -> None:
@@ -135,7 +154,7 @@ def run(
     `nybble bench run w4a16 32 1024 1024` is a program of its own: one product of 32 x 1024 by 1024 x 1024, which
     kernel took it, whether it is right, its first values, time, TFLOP/s and GB/s, and the same for 1 to 512 rows.
     """
-    from nybble.bench import latency, report
+    from nybble.bench import accuracy, latency, report
 
     where = device_of(device)
     numbers = [int(word) for word in ops or [] if word.lstrip("-").isdigit()]
@@ -149,10 +168,16 @@ def run(
         _run_single(names, numbers, group_size, where, quick=quick, json=json)
         return
     alone = target_ms is not None or runs is not None
+    accurate = check in (Check.accuracy, Check.all)
+    if check is Check.accuracy:
+        given = {"--save": save, "--plot": plot, "--plot-to": plot_to, "--target-ms": alone, "--runs": runs}
+        for option, value in given.items():
+            if value:
+                raise typer.BadParameter("nothing is timed with --check accuracy", param_hint=option)
     if runs is None:
         runs = latency.QUICK_RUNS if quick and where.type == "cpu" else latency.RUNS
     hardware, ceilings = _ceilings(where)
-    chosen = select(ops or [], gpu=hardware is not None and not small, words=filter)
+    chosen = select(ops or [], gpu=hardware is not None and not small, words=filter, detailed=detailed)
     pictures = _pictures([op for op, some in chosen.items() if some], plot_to) if plot or plot_to else {}
     at = report.stamp(hardware, commit=commit or None)
     err, out = stderr(), stdout()
@@ -167,8 +192,18 @@ def run(
     failed: list[str] = []
     latencies: list[latency.Latency] = []
     slug = hardware.slug if hardware is not None else "cpu"
+    checked: list[Accuracy] = []
     for op, some in chosen.items():
         rows = []
+        for case in some if accurate or detailed else ():
+            found = accuracy.measure(case, where, hardware) if accurate else []
+            checked += found
+            if not json:
+                text = [*accuracy.lines(found), *([accuracy.memory_line(case)] if detailed else [])]
+                for line in text:
+                    out.print(line, markup=False, highlight=False, soft_wrap=True)
+        if check is Check.accuracy:
+            continue
         for measurements in _measure(some, where, hardware, peers=peers, quick=quick, notes=notes, hidden=json):
             measured += measurements
             rows += [report.row(m, at) for m in measurements if m.timing is not None]
@@ -187,7 +222,10 @@ def run(
                 err.print(f"{path}: {damaged} damaged lines, kept as they are", style="yellow", soft_wrap=True)
         if op in pictures:
             _draw_measured(op, rows, pictures[op], drawn, failed)
-    wrong = report.wrong_lines(measured)
+    wrong = [
+        *report.wrong_lines(measured),
+        *(f"{one.variant}: {one.case}: WRONG: {one.wrong}" for one in checked if one.wrong),
+    ]
     if json:
         print_json(
             {
@@ -196,6 +234,7 @@ def run(
                 "rows": [report.row(m, at) for m in measured if m.timing is not None],
                 "wrong": wrong,
                 "latency": [one._asdict() for one in latencies],
+                "accuracy": [one._asdict() for one in checked],
                 "notes": list(notes),
                 "saved": saved,
                 "plots": drawn,
@@ -371,14 +410,19 @@ def plot_saved(
 @app.command("explain")
 def explain(
     op: str = typer.Argument(..., help="The operation."),
-    m: int | None = typer.Option(None, "--m", min=0, help="w4a16, ln_qkv, q4_0: rows (tokens)."),
-    n: int | None = typer.Option(None, "--n", min=1, help="w4a16, ln_qkv, q4_0: output features."),
-    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv, q4_0: input features."),
+    m: int | None = typer.Option(
+        None, "--m", min=0, help="w4a16, ln_qkv, q4_0, w4a4: rows (tokens); flatquant: rows of the left transform."
+    ),
+    n: int | None = typer.Option(
+        None, "--n", min=1, help="w4a16, ln_qkv, q4_0, w4a4: output features; flatquant: rows of the right transform."
+    ),
+    k: int | None = typer.Option(None, "--k", min=1, help="w4a16, ln_qkv, q4_0, w4a4: input features."),
     group_size: int | None = typer.Option(
         None, "--group-size", help="w4a16, ln_qkv: 16, 32, 64, 128, 256, or -1 for K."
     ),
     rows: int | None = typer.Option(None, "--rows", min=0, help="norm: rows (tokens)."),
     hidden: int | None = typer.Option(None, "--hidden", min=1, help="norm: hidden size."),
+    tokens: int | None = typer.Option(None, "--tokens", min=0, help="flatquant: tokens."),
     function: str = typer.Option("", "--function", help="Which function of the operation, such as add_rmsnorm."),
     dtype: str = typer.Option("float16", "--dtype", help="float16, bfloat16 or float32."),
     hardware: str = typer.Option("", "--hardware", help="h200, a100 or current; without a GPU here, h200."),
@@ -388,7 +432,7 @@ def explain(
 
     Needs no GPU: the choice is a function of the request and the hardware.
     """
-    given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden}
+    given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden, "tokens": tokens}
     case = _case(op, {name: value for name, value in given.items() if value is not None}, dtype, function)
     card = _hardware(hardware)
     choice = case.choice(card)

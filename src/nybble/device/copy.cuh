@@ -9,6 +9,12 @@ __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from,
                  : "memory");
 }
 
+// 4 or 8 bytes in the background, through L1.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+}
+
 // PTX ISA, "cp.async.commit_group": what this thread has issued becomes one group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -1,4 +1,4 @@
-// Scalar types: what float16, bfloat16 and float32 are called here, and the conversions between them.
+// Scalar types: what float16, bfloat16 and float32 are called here, the conversions between them, and operations without a C++ name.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -22,3 +22,28 @@ template <typename A> constexpr bool same<A, A> = true;
 template <typename T> struct Pair;
 template <> struct Pair<half_t> { using type = __half2; };
 template <> struct Pair<bf16_t> { using type = __nv_bfloat162; };
+
+// The larger of two floats, a NaN where one is. PTX ISA, "max", with .NaN.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
+// The larger magnitude of each of two pairs of fp16, with any sign; NaN where one is. PTX ISA, "max", with .xorsign.abs.
+__device__ __forceinline__ unsigned larger_magnitude(unsigned a, unsigned b) {
+    unsigned d;
+#if __CUDA_ARCH__ >= 860
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
+#endif
+    return d;
+}
+
+// a b + c, at least 0 and at most 1; 0 where it is NaN. PTX ISA, "fma", with .sat.
+__device__ __forceinline__ float saturated(float a, float b, float c) {
+    float d;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+}

@@ -27,3 +27,10 @@ template <typename T, int COUNT>
 __device__ __forceinline__ void store_vector(T* __restrict__ to, const float (&values)[COUNT]) {
     *reinterpret_cast<Vector<T, COUNT>*>(to) = rounded<T>(values);
 }
+
+// Two values rounded to T, the first in the low half of a register.
+template <typename T> __device__ __forceinline__ unsigned rounded_pair(float first, float second) {
+    const float two[2] = {first, second};
+    const Vector<T, 2> packed = rounded<T>(two);
+    return *reinterpret_cast<const unsigned*>(&packed);
+}

@@ -8,7 +8,7 @@ configuration; no part of its own loading is used, nothing is downloaded and no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from nybble.formats.checkpoint import (
     preflight,
     read_quantization,
 )
+from nybble.formats.flatquant import LEFT, RIGHT, FlatModule, is_flatquant, load_weight, read_flatquant
 from nybble.formats.gguf_file import is_gguf
 from nybble.formats.grouped import QuantizedWeight
 from nybble.formats.tiles import PackedWeight
 from nybble.models.architectures import HEAD, Architecture, architecture_of
+from nybble.models.flatquant import FlatQuantLinear, FlatQuantTransform
 from nybble.models.layers import W4A16Linear
 from nybble.runtime.errors import CheckpointError, UnsupportedError, wrong_type, wrong_value
 
@@ -52,9 +54,10 @@ def load(
     """Load a causal language model: a folder (GPT-NeoX, Llama, Qwen2, Qwen3, GPT-2) or a GGUF file (Llama, Qwen2).
 
     Quantised linear layers (GPTQ v1 and v2 of 4 or 8 bits, AWQ GEMM of 4) become
-    :class:`~nybble.models.layers.W4A16Linear`; a folder without quantisation loads as it is. Of a GGUF file, linear
-    layers in Q4_0 become the same; other tensors (F32, F16, BF16, Q8_0, Q6_K, and embeddings in Q4_0) become floats.
-    Nothing is downloaded.
+    :class:`~nybble.models.layers.W4A16Linear`, those of ``nybble pack --to flatquant``
+    :class:`~nybble.models.flatquant.FlatQuantLinear`; a folder without quantisation loads as it is. Of a GGUF file,
+    linear layers in Q4_0 become W4A16Linear; other tensors (F32, F16, BF16, Q8_0, Q6_K, and embeddings in Q4_0) become
+    floats. Nothing is downloaded.
 
     Args:
         path: folder with ``config.json`` and safetensors files, or a ``.gguf`` file.
@@ -83,11 +86,13 @@ def load(
         return load_gguf(path, device, dtype, progress)
     raw = _read_config(folder / "config.json")
     architecture = architecture_of(raw, folder / "config.json")
-    quantization = read_quantization(folder)
+    flat = is_flatquant(raw)
+    quantization = None if flat else read_quantization(folder)
     checkpoint = Checkpoint(folder)
+    modules = read_flatquant(raw, checkpoint) if flat else {}
     dtype = dtype or _default_dtype(checkpoint, architecture, device)
     model = _empty_model(raw, architecture, checkpoint, dtype)
-    plan = _plan(model, architecture, checkpoint, quantization)
+    plan = _plan(model, architecture, checkpoint, quantization, modules)
     _fill(model, plan, checkpoint, device, dtype, progress)
     return model.eval().requires_grad_(False)
 
@@ -183,15 +188,21 @@ class _Plan:
         quantization: of the folder, ``None`` when plain.
         quantized: module of the model -> its plan.
         parameters: parameter of the model -> name in the file.
+        flat: module of the model -> what becomes a FlatQuantLinear.
     """
 
     quantization: QuantizationConfig | None
     quantized: dict[str, QuantizedModule]
     parameters: dict[str, str]
+    flat: dict[str, FlatModule]
 
 
 def _plan(
-    model: PreTrainedModel, architecture: Architecture, checkpoint: Checkpoint, quantization: QuantizationConfig | None
+    model: PreTrainedModel,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    quantization: QuantizationConfig | None,
+    modules: dict[str, FlatModule],
 ) -> _Plan:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     in_file = {name: _module_in_file(name, architecture, checkpoint) for name in linears}
@@ -207,9 +218,12 @@ def _plan(
         if not has_bias:
             used.discard(f"{p.name}.bias")  # looked at below, with all that is too much
 
+    flat = _flat(linears, modules, checkpoint)
+    used.update(tensor for module in flat.values() for tensor in module.tensors)
     parameters = {}
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] in quantized or name in {f"{t}.weight" for t in tied}:
+        owner = name.rpartition(".")[0]
+        if owner in quantized or owner in flat or name in {f"{t}.weight" for t in tied}:
             continue
         found = architecture.name_in_file(name, checkpoint)
         if found is None:
@@ -238,7 +252,29 @@ def _plan(
             continue
         reason = f"unexpected: a {architecture.model_type} model of this config.json has no such tensor"
         raise CheckpointError(checkpoint.file_of(name), name, reason)
-    return _Plan(quantization, quantized, parameters)
+    return _Plan(quantization, quantized, parameters, flat)
+
+
+def _flat(
+    linears: Mapping[str, nn.Module], modules: dict[str, FlatModule], checkpoint: Checkpoint
+) -> dict[str, FlatModule]:
+    """The modules as the model has them, which are named so in the file."""
+    for name, module in modules.items():
+        tensor = module.tensors[0]
+        if name not in linears:
+            raise CheckpointError(checkpoint.file_of(tensor), tensor, "the model has no linear layer of this name")
+        got, want = (module.in_features, module.out_features), _features(linears[name])
+        if got != want:
+            reason = (
+                f"expected {want[0]} input and {want[1]} output features from config.json, got {got[0]} and {got[1]}"
+            )
+            raise CheckpointError(checkpoint.file_of(tensor), tensor, reason)
+        if module.bias != (linears[name].bias is not None):
+            reason = (
+                "there is one, and the model's layer has none" if module.bias else "missing; the model's layer has one"
+            )
+            raise CheckpointError(checkpoint.folder, f"{name}.bias", reason)
+    return modules
 
 
 def _module_in_file(name: str, architecture: Architecture, checkpoint: Checkpoint) -> str:
@@ -264,7 +300,7 @@ def _fill(
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> None:
-    total = len(plan.quantized) + len(plan.parameters)
+    total = len(plan.quantized) + len(plan.parameters) + len(plan.flat)
     done = 0
     for name, found in plan.parameters.items():
         owner, _, last = name.rpartition(".")
@@ -284,7 +320,22 @@ def _fill(
         done += 1
         if progress:
             progress(done, total)
-    if plan.quantized:
+    transforms: dict[str, FlatQuantTransform] = {}
+    for name, module in plan.flat.items():
+        if module.transform not in transforms:
+            pair = [f"{module.transform}.{short}" for short in (LEFT, RIGHT)]
+            matrices = [_convert(checkpoint.tensor(t), dtype, checkpoint, t).to(device) for t in pair]
+            transforms[module.transform] = FlatQuantTransform(*matrices)
+        bias = None
+        if module.bias:
+            bias = _convert(checkpoint.tensor(f"{name}.bias"), dtype, checkpoint, f"{name}.bias").to(device)
+        weight = load_weight(checkpoint, module, device)
+        layer = FlatQuantLinear(weight, transforms[module.transform], module.clip_ratio, bias)
+        model.set_submodule(name, layer)
+        done += 1
+        if progress:
+            progress(done, total)
+    if plan.quantized or plan.flat:
         # No loader knows the tiles; transformers would read such a folder, warn, and leave the weights random.
         model.__dict__["save_pretrained"] = refuse_to_save
     if model.config.tie_word_embeddings:

@@ -6,6 +6,8 @@ OPERATIONS: dict[str, str] = {
     "w4a16": "4-bit weight linear: fp16 or bf16 activations, GPTQ or AWQ weights",
     "ln_qkv": "a norm, then queries, keys and values from a 4-bit weight, in one",
     "q4_0": "llama.cpp's Q4_0 weights, activations quantised to Q8_1 inside the kernel",
+    "flatquant": "two small transforms around each row, then int4 with a scale a row",
+    "w4a4": "4-bit weight linear of activations that are int4 as well",
 }
 """Folder name -> one line. ``nybble.ops.<name>.cases`` holds ``BENCH`` (cases for a GPU), ``SMALL`` (for a CPU) and
 ``parse(shape, dtype)``."""

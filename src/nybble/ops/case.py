@@ -33,14 +33,20 @@ class Case(ABC):
 
     dtype: torch.dtype
 
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Of every output."""
-        return self.dtype
-
     @abstractmethod
     def shape(self) -> dict[str, int]:
         """The operation's dimensions by name, as results are keyed."""
+
+    peer_error: ClassVar[float | None] = None
+    """The relative error a peer may have; where ``None``, that of the dtype."""
+
+    def readable(self, results: Tensors) -> Tensors:
+        """The results as numbers to compare with :meth:`truth`, where they are packed; never timed."""
+        return results
+
+    def result_dtypes(self, count: int) -> tuple[torch.dtype, ...]:
+        """Of readable results."""
+        return (self.dtype,) * count
 
     @abstractmethod
     def make(self, device: torch.device | str = "cpu", seed: int = 0) -> Any:

@@ -15,7 +15,7 @@ from nybble.ops.case import Case
 def _dense(case: Case, inputs: Any) -> Call:
     if case.function != "q4_0_linear":
         raise Inapplicable("x is not quantised; see q4_0_linear")
-    x, out = inputs.x, case.result_dtype
+    x, out = inputs.x, case.result_dtypes(1)[0]
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weight).to(out)

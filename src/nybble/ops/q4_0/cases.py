@@ -76,9 +76,8 @@ class Q4Case(Case):
     def shape(self) -> dict[str, int]:
         return {"m": self.m, "n": self.n, "k": self.k}
 
-    @property
-    def result_dtype(self) -> torch.dtype:
-        return self.out_dtype
+    def result_dtypes(self, count: int) -> tuple[torch.dtype, ...]:
+        return (self.out_dtype,) * count
 
     def quantized(self, device: torch.device | str = "cpu", seed: int = 0) -> QuantizedWeight:
         """A random weight with the deviation of a trained one, about ``1 / sqrt(K)``."""

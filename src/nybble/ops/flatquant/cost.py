@@ -1,0 +1,146 @@
+"""Which form of the FlatQuant kernel runs: columns a warp, tokens a block, and what fits in shared memory."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from nybble.runtime.choice import Candidate, Choice
+from nybble.runtime.choice import choose as pick
+from nybble.runtime.hardware import Hardware
+
+WARPS = 8
+"""Of a block, at 255 registers each."""
+LEAST = 136
+"""Registers of a thread, however few columns its warp has: 130 with 16 columns of 64 rows."""
+WIDEST = {2: 128, 4: 64}
+"""Accumulators of Y a thread, by the bytes of an element of x. Beside them are those of T: half as many registers when
+rounded to 16 bits, as many in fp32."""
+LAUNCH_US = 2.2
+"""A call with one token as a node of a CUDA graph: an estimate, from the norm kernels and the bytes it waits for."""
+MMA_RATE = 0.6
+"""The part of the tensor cores' fp16 rate that mma.sync reaches; an estimate."""
+
+
+class Spec(NamedTuple):
+    """All that affects compilation or choice.
+
+    Attributes:
+        dtype: of x and of both transforms.
+        m, n: sizes of the transforms. tokens: rounded up to a power of two.
+        packed: eight values a word. offset: words of ``q + 8``.
+        clips: how many clip ratios. clamp: whether one of them is below 1.
+        aligned: rows of x begin at multiples of 16 bytes. variant: ``"auto"`` or a name.
+    """
+
+    dtype: torch.dtype
+    m: int
+    n: int
+    tokens: int
+    packed: bool
+    offset: bool
+    clips: int
+    clamp: bool
+    aligned: bool
+    variant: str
+
+
+def _up(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+def _bytes(spec: Spec, nw: int, parts: int, groups: int, warps: int, buffers: int, resident: bool, staged: bool) -> int:
+    """Of shared memory, as ``flatquant.cu`` adds them up."""
+    size, wide = spec.dtype.itemsize, spec.dtype == torch.float32
+    mp, nk, nc = _up(spec.m, 16), _up(spec.n, 16), _up(spec.n, nw)
+    mc = parts * math.ceil(mp // 16 / parts) * 16
+    padding = 4 if wide else 8
+    rs = nc + (8 if nc % 32 == 0 else 24) if wide else nc + padding
+    ls = mc + (20 if wide and mc % 32 else padding)
+    elements = (nk * rs + mp * ls if resident else 0) + groups * buffers * mp * (nk + padding)
+    return elements * size + groups * (_up(spec.m * spec.n, 16) if staged else 0) + groups * warps * 4
+
+
+def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
+    """The constants of ``flatquant.cu`` for a request, beyond those it asks for itself."""
+    size, wide = spec.dtype.itemsize, spec.dtype == torch.float32
+    mp, budget = _up(spec.m, 16), hardware.shared_bytes
+
+    def build(nw: int, warps: int, parts: int, groups: int, blocks: int = 1) -> dict[str, int | bool] | None:
+        staged = spec.n % (nw // 4) != 0
+        aligned = spec.aligned and spec.n % 8 == 0
+        for resident in (True, False):
+            for buffers in (2, 1, 0) if wide and not aligned else (2, 1):
+                shared = _bytes(spec, nw, parts, groups, warps, buffers, resident, staged)
+                fits = shared * blocks <= budget - 1024 * (blocks - 1)
+                if fits and (resident or parts > 1 or mp <= 64):
+                    return {
+                        "NW": nw, "WARPS": warps, "PARTS": parts, "GROUPS": groups, "BUFFERS": buffers,
+                        "STAGED": staged, "ALIGNED": aligned, "RESIDENT": resident, "BLOCKS": blocks, "SHARED": shared,
+                    }  # fmt: skip
+        return None
+
+    widths = [nw for nw in (64, 32, 16) if mp * nw // 32 <= WIDEST[size]]
+    # The widest of those that waste the fewest columns: the fewer warps share a token, the less is read twice.
+    widths.sort(key=lambda nw: (_up(spec.n, nw), -nw))
+    if spec.tokens <= hardware.sms:  # a token has a block to itself: over as many warps as it has columns for
+        widths.sort()
+    for nw in widths:
+        warps = math.ceil(spec.n / nw)
+        registers = (2 if wide else 1.5) * mp * nw / 32 + (90 if wide else 60)
+        if registers > min(255, 65536 // (32 * warps) // 8 * 8):
+            continue
+        of_block = 65536 // 32 // _up(max(LEAST, int(registers)), 8)
+        groups = 1 if spec.tokens <= hardware.sms else min(15, max(1, of_block // warps))
+        while groups:
+            found = build(nw, warps, 1, groups)
+            if found and (groups == 1 or (found["BUFFERS"] == 2 and found["RESIDENT"])):
+                return found
+            groups -= 1
+    # Too large for the registers of a block: piece by piece, twice.
+    warps, parts = min(WARPS, math.ceil(spec.n / 16)), min(8, mp // 16)
+    found = build(16, warps, parts, 1)
+    if found is None:  # fp32 that does not fit in shared memory is read in place
+        spec = spec._replace(aligned=False)
+        found = build(16, warps, parts, 1)
+        assert found is not None, "the form that needs next to no shared memory"
+    return found
+
+
+def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
+    """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
+    features, size = spec.m * spec.n, spec.dtype.itemsize
+    read = (hardware.read_tbps or 1.0) if hardware else 0.02
+    flops = 2 * spec.tokens * features * (spec.m + spec.n)
+    # PyTorch: two products, then about eight kernels over float32.
+    eager = 28.0 + 18 * spec.tokens * features * 4 / (read * 1e6)
+    reference = Candidate("reference", (), eager, "PyTorch, about a dozen kernels; what runs on a CPU")
+    if hardware is None or hardware.capability < (8, 0):
+        reason = "no CUDA device"
+        if hardware is not None:
+            reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
+        return [Candidate("cuda", (), None, reason, refused=True), reference]
+    config = shape(spec, hardware)
+    if int(config["PARTS"]) > 1 and hardware.capability < (9, 0):
+        reason = f"transforms of {spec.m} and {spec.n} are too large for this GPU's registers and shared memory"
+        return [Candidate("cuda", (), None, reason, refused=True), reference]
+    memory = spec.tokens * features * (size + spec.clips * (0.5 if spec.packed else 1.0)) / (read * 1e6)
+    padded = _up(spec.m, 16) * _up(spec.n, int(config["NW"])) / features
+    maths = padded * flops / ((hardware.half_tflops or 300.0) * MMA_RATE * 1e6) * (6 if size == 4 else 1)
+    twice = 1 if math.ceil(spec.n / int(config["NW"])) * int(config["PARTS"]) <= int(config["WARPS"]) else 10
+    us = LAUNCH_US + (spec.m + spec.n) * 0.003 + max(memory, maths) * twice
+    reason = f"{config['NW']} columns a warp, {config['WARPS']} warps a token, {config['GROUPS']} tokens a block"
+    reason += "" if twice == 1 else ", piece by piece: too large for the registers of a block"
+    return [Candidate("cuda", tuple(config.items()), us, reason), reference]
+
+
+def choose(spec: Spec, hardware: Hardware | None) -> Choice:
+    """The variant for this request; pure, so it is the same printed anywhere.
+
+    Raises:
+        ValueError: ``spec.variant`` is unknown.
+        UnsupportedError: the variant asked for can't run here; the text says why.
+    """
+    return pick("flatquant_dynamic_quantize", candidates(spec, hardware), spec.variant)
