@@ -160,10 +160,4 @@ static float __int_as_float(int bits) {
     std::memcpy(&v, &bits, 4);
     return v;
 }
-static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-    const uint64_t both = uint64_t(b) << 32 | a;
-    unsigned d = 0;
-    for (int i = 0; i < 4; ++i) d |= unsigned(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
-    return d;
-}
 using std::isnan;

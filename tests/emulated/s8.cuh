@@ -24,7 +24,6 @@ static void mma_16832_seeded(unsigned (&d)[4], const unsigned (&a)[4], unsigned 
     warp_barrier();
 }
 static unsigned signed_nibbles(unsigned word) { return (word & 0xf0f0f0f0u) ^ 0x80808080u; }
-static float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
 static int round_away(float v) { return std::isnan(v) ? 0 : int(std::trunc(v + std::copysign(0.49999997f, v))); }
 static unsigned pack_bytes(int a, int b, int c, int d) {
     unsigned word = 0;

@@ -23,13 +23,6 @@ __device__ __forceinline__ unsigned signed_nibbles(unsigned word) {
     return word;
 }
 
-// The larger of two, or NaN if one of them is. PTX ISA, "max.NaN".
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-    return larger;
-}
-
 // To the nearest integer, halves away from zero; NaN to 0. What is added is the largest float below one half, so that
 // 0.49999997 stays 0. PTX ISA, "cvt.rzi".
 __device__ __forceinline__ int round_away(float v) {

@@ -37,7 +37,7 @@ static_assert(K % 32 == 0 && K > 32, "K is several blocks of 32");
 static_assert(TILE_M % SUM_ROWS == 0 && SUM_ROWS % 8 == 0, "rows are exchanged eight at a time");
 static_assert(STRIPS == 1 || STRIPS == 2 || STRIPS == 4, "a warp has 16, 32 or 64 features");
 
-using Weights = Packed<half_t, N, K, 32, false>;
+using Weights = Packed<half_t, N, K, 32, false, 4>;
 constexpr int K64 = Weights::K64, K32 = K / 32, MBLOCKS = TILE_M / 8;
 constexpr int WARPS_N = TEAMS * 4 / STRIPS, WARPS = WARPS_N * SLICES, THREADS = 32 * WARPS;  // one more warp asks for weights
 constexpr int BLOCK_N = 64 * TEAMS, TILES = (N + BLOCK_N - 1) / BLOCK_N;
