@@ -50,8 +50,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a local folder: a GPT-NeoX, Llama, Qwen2, Qwen3 or GPT-2 causal language model.
 
-    Quantised linear layers (GPTQ v1 and v2 of 4 or 8 bits, AWQ GEMM of 4) become :class:`~nybble.models.layers.W4A16Linear`; a
-    folder without quantisation loads as it is. Nothing is downloaded.
+    Quantised linear layers (GPTQ v1 and v2 of 4 or 8 bits, AWQ GEMM of 4) become
+    :class:`~nybble.models.layers.W4A16Linear`; a folder without quantisation loads as it is. Nothing is downloaded.
 
     Args:
         path: folder with ``config.json`` and safetensors files.
