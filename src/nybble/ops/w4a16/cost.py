@@ -251,7 +251,7 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
     if (pairs and teams % 2) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
         return None
-    crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias or (spec.bits == 8 and stream_k)
+    crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias or spec.bits == 8
     if tile == 64 and (slices == 3 or (warpgroups == 4 and crowded)):
         return None  # spills
     if spec.bits == 8 and tile == 256 and teams == 1 and stream_k:
