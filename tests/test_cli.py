@@ -533,6 +533,17 @@ def test_bench_explain_shows_refusals_with_their_reasons():
     assert "refused" in run("bench", "explain", "w4a16", "--dtype", "float32").stdout
 
 
+def test_bench_explain_of_8_bits():
+    shape = ("w4a16", "--m", 1, "--n", 12288, "--k", 4096, "--hardware", "h200")
+    four, eight = (run_json("bench", "explain", *shape, "--bits", bits) for bits in (4, 8))
+    assert (four["options"], eight["options"]) == ({}, {"bits": 8})
+    assert eight["bytes"] - four["bytes"] == 12288 * 4096 // 2
+    assert "one of (4, 8), got 5" in mistake("bench", "explain", *shape, "--bits", 5)
+    assert "of w4a16 only" in mistake("bench", "explain", "norm", "--bits", 8)
+    single = run_json("bench", "run", "w4a16", 4, 64, 64, "--bits", 8, "--device", "cpu", "--quick")
+    assert "bits=8" in single["case"] and not single["wrong"]
+
+
 def test_mistakes_of_bench():
     assert f"there are {', '.join(OPERATIONS)}" in mistake("bench", "run", "conv")
     assert f"there are {', '.join(OPERATIONS)}" in mistake("bench", "explain", "conv")

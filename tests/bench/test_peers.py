@@ -105,6 +105,13 @@ def test_the_dense_product_computes_every_weight(case):
     assert is_right(w4a16._dense, case)
 
 
+def test_of_8_bits_the_dense_product_is_the_only_peer():
+    case = replace(SYMMETRIC, bits=8)
+    assert is_right(w4a16._dense, case)
+    with pytest.raises(Inapplicable, match="4-bit weights, not 8"):
+        w4a16._int4pack(case, case.make())
+
+
 @pytest.mark.parametrize("around", [{"norm": "rmsnorm"}, {"activation": "gelu"}, {"residual": True}], ids=str)
 def test_a_plain_product_is_no_peer_of_more(around):
     case = replace(SYMMETRIC, **around)

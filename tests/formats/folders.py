@@ -25,13 +25,19 @@ Tensors = dict[str, torch.Tensor]
 
 
 def weight(
-    k: int = K, n: int = N, group_size: int = GROUP, *, symmetric: bool = False, shuffled: bool = False
+    k: int = K,
+    n: int = N,
+    group_size: int = GROUP,
+    *,
+    symmetric: bool = False,
+    shuffled: bool = False,
+    bits: int = 4,
 ) -> QuantizedWeight:
     groups = -(-k // group_size)
-    zeros = torch.full((groups, n), 8) if symmetric else torch.randint(16, (groups, n))
+    zeros = torch.full((groups, n), 1 << (bits - 1)) if symmetric else torch.randint(1 << bits, (groups, n))
     g_idx = (torch.arange(k, dtype=torch.int32) // group_size)[torch.randperm(k)] if shuffled else None
-    q = torch.randint(16, (k, n), dtype=torch.uint8)
-    return QuantizedWeight(q, zeros.to(torch.uint8), torch.rand(groups, n).half(), group_size, g_idx)
+    q = torch.randint(1 << bits, (k, n), dtype=torch.uint8)
+    return QuantizedWeight(q, zeros.to(torch.uint8), torch.rand(groups, n).half(), group_size, g_idx, bits)
 
 
 def named(packed: Mapping[str, torch.Tensor], name: str = NAME, *, without: tuple[str, ...] = ()) -> Tensors:
@@ -79,6 +85,7 @@ def same(got: QuantizedWeight, expected: QuantizedWeight) -> bool:
         torch.equal(got.q, expected.q)
         and torch.equal(got.zeros, expected.zeros)
         and torch.equal(got.scales, expected.scales)
+        and got.bits == expected.bits
         and got.scales.dtype == expected.scales.dtype
         and torch.equal(got.group_of(), expected.group_of())
         and (got.g_idx is None) == (expected.g_idx is None)

@@ -219,21 +219,42 @@ def test_a_quantised_head_of_the_same_scheme(tmp_path: Path) -> None:
     assert same(got, w)
 
 
-def test_an_eight_bit_head_is_refused_by_its_override(tmp_path: Path) -> None:
-    tensors = {**gptq(weight(), name="lm_head"), "lm_head.qweight": torch.zeros(K // 4, N, dtype=torch.int32)}
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_folder_of_8_bits(tmp_path: Path, shuffled: bool, checkpoint_format: str) -> None:
+    w = weight(shuffled=shuffled, bits=8)
+    config = {**GPTQ, "bits": 8, "checkpoint_format": checkpoint_format}
+    assert same(load(write(tmp_path, gptq(w, checkpoint_format), config)), w)
+
+
+def test_a_head_of_8_bits_beside_layers_of_4(tmp_path: Path) -> None:
+    w = weight(group_size=64, bits=8)
     dynamic = {"lm_head": {"bits": 8, "group_size": 64}}
+    config = {**GPTQ, "lm_head": True, "dynamic": dynamic}
+    assert same(load(write(tmp_path, gptq(w, name="lm_head"), config), name="lm_head"), w)
+
+
+def test_a_three_bit_head_is_refused_by_its_override(tmp_path: Path) -> None:
+    tensors = {**gptq(weight(), name="lm_head"), "lm_head.qweight": torch.zeros(K * 3 // 32, N, dtype=torch.int32)}
+    dynamic = {"lm_head": {"bits": 3, "group_size": 64}}
     error = refusal(write(tmp_path, tensors, {**GPTQ, "lm_head": True, "dynamic": dynamic}), name="lm_head")
     assert error.tensor == "lm_head" and error.file.endswith("config.json")
-    assert error.reason == "quantised to 8 bits (dynamic): only 4-bit weights are supported"
+    assert error.reason == "quantised to 3 bits (dynamic): only 4-bit and 8-bit weights are supported"
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
-def test_another_bit_width_is_seen_by_the_shape(tmp_path: Path, bits: int) -> None:
-    tensors = {**gptq(weight()), f"{NAME}.qweight": torch.zeros(K * bits // 32, N, dtype=torch.int32)}
-    error = refusal(write(tmp_path, tensors, GPTQ))
+@pytest.mark.parametrize(("says", "bits"), [(4, 2), (4, 3), (4, 8), (8, 2), (8, 4)])
+def test_another_bit_width_is_seen_by_the_shape(tmp_path: Path, says: int, bits: int) -> None:
+    tensors = {**gptq(weight(bits=says)), f"{NAME}.qweight": torch.zeros(K * bits // 32, N, dtype=torch.int32)}
+    error = refusal(write(tmp_path, tensors, {**GPTQ, "bits": says}))
     assert error.tensor == f"{NAME}.qweight"
-    expected = f"its shape [{K * bits // 32}, 16] is that of {bits}-bit weights; only 4-bit weights are supported"
-    assert error.reason == expected
+    why = "only 4-bit and 8-bit weights are supported" if bits < 4 else f"config.json says {says}"
+    assert error.reason == f"its shape [{K * bits // 32}, 16] is that of {bits}-bit weights; {why}"
+
+
+def test_awq_of_8_bits_is_refused_by_its_override(tmp_path: Path) -> None:
+    tensors = named(pack_awq(weight()))
+    error = refusal(write(tmp_path, tensors, {**AWQ, "dynamic": {NAME: {"bits": 8}}}))
+    assert error.reason == "quantised to 8 bits (dynamic): only 4-bit weights are supported with awq"
 
 
 def test_quantised_tensors_of_no_layer_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GPTQ's bit layout against a slow reading of it in Python integers, nibble by nibble."""
+"""GPTQ's bit layout against a slow reading of it in Python integers, nibble by nibble and byte by byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.formats.gptq import pack_gptq, unpack_gptq
-from nybble.formats.grouped import GROUP_SIZES, QuantizedWeight
+from nybble.formats.grouped import BITS, GROUP_SIZES, QuantizedWeight
 from nybble.runtime.errors import CheckpointError
 
 ANY_WORD = (-(2**31), 2**31)
@@ -21,31 +21,31 @@ def random_words(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(*ANY_WORD, shape, dtype=torch.int64, generator=torch.Generator().manual_seed(seed)).int()
 
 
-def layer(k: int, n: int, group_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def layer(k: int, n: int, group_size: int, seed: int = 0, bits: int = 4) -> dict[str, torch.Tensor]:
     groups = 1 if group_size == -1 else -(-k // group_size)
     scales = torch.randn(groups, n, generator=torch.Generator().manual_seed(seed)).half()
     return {
-        "qweight": random_words(k // 8, n, seed=seed),
-        "qzeros": random_words(groups, n // 8, seed=seed + 1),
+        "qweight": random_words(k * bits // 32, n, seed=seed),
+        "qzeros": random_words(groups, n * bits // 32, seed=seed + 1),
         "scales": scales,
     }
 
 
-def slow_values(qweight: torch.Tensor) -> list[list[int]]:
-    """``q[k][n]``: bits 4*(k%8) of word k//8."""
-    words = qweight.tolist()
-    return [[(words[k // 8][n] & 0xFFFFFFFF) >> (4 * (k % 8)) & 15 for n in range(qweight.shape[1])]
-            for k in range(8 * qweight.shape[0])]  # fmt: skip
+def slow_values(qweight: torch.Tensor, bits: int = 4) -> list[list[int]]:
+    """``q[k][n]``: bits 4*(k%8) of word k//8, or 8*(k%4) of word k//4."""
+    words, each = qweight.tolist(), 32 // bits
+    return [[(words[k // each][n] & 0xFFFFFFFF) >> (bits * (k % each)) & 2**bits - 1 for n in range(qweight.shape[1])]
+            for k in range(each * qweight.shape[0])]  # fmt: skip
 
 
-def slow_zeros(qzeros: torch.Tensor, checkpoint_format: str) -> list[list[int]]:
-    """``z[g][n]``: bits 4*(n%8) of word n//8, v1 words restored by adding 0x11111111 modulo 2^32."""
-    rows = []
+def slow_zeros(qzeros: torch.Tensor, checkpoint_format: str, bits: int = 4) -> list[list[int]]:
+    """``z[g][n]``: bits 4*(n%8) of word n//8, v1 words restored by adding 0x11111111 modulo 2^32; or of bytes."""
+    rows, each, one = [], 32 // bits, {4: 0x11111111, 8: 0x01010101}[bits]
     for row in qzeros.tolist():
         stored = [word & 0xFFFFFFFF for word in row]
         if checkpoint_format == "gptq":
-            stored = [(word + 0x11111111) % 2**32 for word in stored]
-        rows.append([stored[n // 8] >> (4 * (n % 8)) & 15 for n in range(8 * len(row))])
+            stored = [(word + one) % 2**32 for word in stored]
+        rows.append([stored[n // each] >> (bits * (n % each)) & 2**bits - 1 for n in range(each * len(row))])
     return rows
 
 
@@ -54,17 +54,19 @@ def slow_zeros(qzeros: torch.Tensor, checkpoint_format: str) -> list[list[int]]:
     columns=st.integers(1, 3),
     group_size=st.sampled_from([*GROUP_SIZES, -1]),
     checkpoint_format=st.sampled_from(["gptq", "gptq_v2"]),
+    bits=st.sampled_from(BITS),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
 def test_unpack_reads_what_the_format_says(
-    words: int, columns: int, group_size: int, checkpoint_format: str, seed: int
+    words: int, columns: int, group_size: int, checkpoint_format: str, bits: int, seed: int
 ) -> None:
     k, n = 8 * words, 8 * columns
-    tensors = layer(k, n, group_size, seed)
-    w = unpack_gptq(**tensors, group_size=group_size, checkpoint_format=checkpoint_format)
-    assert w.q.tolist() == slow_values(tensors["qweight"])
-    assert w.zeros.tolist() == slow_zeros(tensors["qzeros"], checkpoint_format)
+    tensors = layer(k, n, group_size, seed, bits)
+    w = unpack_gptq(**tensors, group_size=group_size, bits=bits, checkpoint_format=checkpoint_format)
+    assert w.bits == bits
+    assert w.q.tolist() == slow_values(tensors["qweight"], bits)
+    assert w.zeros.tolist() == slow_zeros(tensors["qzeros"], checkpoint_format, bits)
     assert w.group_size == (k if group_size == -1 else group_size)
     assert w.scales is tensors["scales"] and w.g_idx is None
 
@@ -74,19 +76,20 @@ def test_unpack_reads_what_the_format_says(
     columns=st.integers(1, 3),
     group_size=st.sampled_from([*GROUP_SIZES, -1]),
     checkpoint_format=st.sampled_from(["gptq", "gptq_v2"]),
+    bits=st.sampled_from(BITS),
     shuffled=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
 def test_pack_is_the_exact_inverse(
-    words: int, columns: int, group_size: int, checkpoint_format: str, shuffled: bool, seed: int
+    words: int, columns: int, group_size: int, checkpoint_format: str, bits: int, shuffled: bool, seed: int
 ) -> None:
     k, n = 8 * words, 8 * columns
-    tensors = layer(k, n, group_size, seed)
+    tensors = layer(k, n, group_size, seed, bits)
     g_idx = torch.arange(k, dtype=torch.int32) // (k if group_size == -1 else group_size)
     if shuffled:
         g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(seed))]
-    w = unpack_gptq(**tensors, g_idx=g_idx, group_size=group_size, checkpoint_format=checkpoint_format)
+    w = unpack_gptq(**tensors, g_idx=g_idx, group_size=group_size, bits=bits, checkpoint_format=checkpoint_format)
     packed = pack_gptq(w, checkpoint_format=checkpoint_format)
     assert packed.keys() == {"qweight", "qzeros", "scales", "g_idx"}
     for name, tensor in {**tensors, "g_idx": g_idx}.items():
@@ -113,6 +116,26 @@ def test_zero_points_of_known_words(stored: int, checkpoint_format: str, zeros: 
         assert stored == (0 - 0x11111111) % 2**32
     w = unpack_gptq(**tensors, group_size=16, checkpoint_format=checkpoint_format)
     assert w.zeros.tolist() == [zeros]
+    assert torch.equal(pack_gptq(w, checkpoint_format=checkpoint_format)["qzeros"], tensors["qzeros"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "checkpoint_format", "zeros"),
+    [
+        (0x7F7F7F7F, "gptq", [128] * 4),
+        (0x80808080, "gptq_v2", [128] * 4),
+        # true zero points 0 128 128 128: the 0 borrows from the 128 above it
+        (0x80808000 - 0x01010101, "gptq", [0, 128, 128, 128]),
+        (0xFEFEFEFF, "gptq", [0, 0, 0, 0]),
+        (0xFF00017F, "gptq_v2", [127, 1, 0, 255]),
+    ],
+)
+def test_8_bit_zero_points_of_known_words(stored: int, checkpoint_format: str, zeros: list[int]) -> None:
+    word = stored - 2**32 if stored >= 2**31 else stored
+    tensors = {**layer(16, 8, 16, bits=8), "qzeros": torch.full((1, 2), word, dtype=torch.int32)}
+    w = unpack_gptq(**tensors, group_size=16, bits=8, checkpoint_format=checkpoint_format)
+    assert w.zeros.tolist() == [zeros * 2]
+    assert w.symmetric == (zeros == [128] * 4)
     assert torch.equal(pack_gptq(w, checkpoint_format=checkpoint_format)["qzeros"], tensors["qzeros"])
 
 
@@ -200,6 +223,20 @@ def test_a_mislabelled_symmetric_file_is_read_as_what_it_is(says: str, word: int
         f"a.safetensors: says checkpoint_format {says!r} and sym, "
         f"but its zero points are stored as {other!r} stores 8; read as {other!r}"
     ]
+
+
+@pytest.mark.parametrize(("says", "word"), [("gptq", -0x7F7F7F80), ("gptq_v2", 0x7F7F7F7F)])
+def test_a_mislabelled_symmetric_file_of_8_bits(says: str, word: int) -> None:
+    tensors = {**layer(64, 16, 32, bits=8), "qzeros": torch.full((2, 4), word, dtype=torch.int32)}
+    with pytest.warns(UserWarning, match="stores 128; read as"):
+        w = unpack_gptq(**tensors, group_size=32, bits=8, checkpoint_format=says, symmetric=True)
+    assert (w.zeros == 128).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 16])
+def test_other_bits_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=rf"^unpack_gptq: bits: expected one of \(4, 8\), got {bits}$"):
+        unpack_gptq(**layer(64, 16, 32), group_size=32, bits=bits)
 
 
 @pytest.mark.parametrize("symmetric", [False, None])

@@ -14,9 +14,13 @@ from nybble.runtime.errors import CheckpointError
 
 SUPPORTED = "supported: gptq (format gptq, gptq_v2); awq (format gemm)"
 BAD_CONFIGS = [
-    ({"bits": 8}, "bits", "expected 4, got 8: only 4-bit weights are supported"),
-    ({"bits": 3}, "bits", "expected 4, got 3: only 4-bit weights are supported"),
-    ({"bits": 2}, "bits", "expected 4, got 2: only 4-bit weights are supported"),
+    ({"bits": 3}, "bits", "expected 4 or 8, got 3: only 4-bit and 8-bit weights are supported"),
+    ({"bits": 2}, "bits", "expected 4 or 8, got 2: only 4-bit and 8-bit weights are supported"),
+    (
+        {"quant_method": "awq", "bits": 8},
+        "bits",
+        "expected 4, got 8: only 4-bit weights are supported with awq",
+    ),
     ({"bits": None}, "bits", "missing"),
     ({"bits": 4.5}, "bits", "expected int, got 4.5"),
     ({"bits": True}, "bits", "expected int, got True"),

@@ -114,9 +114,11 @@ def test_results_are_the_same_in_every_run() -> None:
         assert torch.equal(case.run(inputs)[0], first)
 
 
-def test_opcheck() -> None:
-    inputs = W4A16Case(3, 72, 200, 32, symmetric=False, act_order=True, bias=True).make("cuda")
-    arguments = (inputs.x, *inputs.weight.tensors, inputs.bias, 200, 72, 32, "auto")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_opcheck(bits: int) -> None:
+    inputs = W4A16Case(3, 72, 200, 32, symmetric=False, act_order=True, bias=True, bits=bits).make("cuda")
+    around = (None, None, None, 1e-5, "", "", 0, 0, bits)
+    arguments = (inputs.x, *inputs.weight.tensors, inputs.bias, 200, 72, 32, "auto", *(around if bits != 4 else ()))
     torch.library.opcheck(torch.ops.nybble.w4a16.default, arguments)
 
 
@@ -367,13 +369,47 @@ def test_gemm_at_every_number_of_rows(m: int, dtype: torch.dtype) -> None:
         check_case(W4A16Case(m, 384, 1024, 64, dtype, activation=activation, residual=True), "cuda", variant="gemm")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 17, 33, 64])
+def test_8_bits_for_few_rows(m: int, dtype: torch.dtype) -> None:
+    _runs("wgmma")
+    for n, k, group_size in (
+        (256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1), (12288, 4096, 128), (264, 520, 16),
+    ):  # fmt: skip
+        case = W4A16Case(m, n, k, group_size, dtype, symmetric=n == 12288, act_order=k == 200, bits=8)
+        check_case(case, "cuda", variant="wgmma")
+    for norm, activation in (("layernorm", "silu_mul"), ("rmsnorm", "gelu")):
+        around = {"norm": norm, "activation": activation, "residual": True, "bias": True}
+        check_around(W4A16Case(m, 512, 1024, 64, dtype, symmetric=False, bits=8, **around))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [0, 1, 17, 33, 64, 100, 256, 1000])
+def test_8_bits_for_many_rows(m: int, dtype: torch.dtype) -> None:
+    _runs("gemm")
+    for n, k, group_size in ((256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1), (12288, 2048, 16)):
+        case = W4A16Case(m, n, k, group_size, dtype, symmetric=n == 4096, act_order=k == 200, bits=8)
+        check_case(case, "cuda", variant="gemm")
+        check_case(case, "cuda")
+    check_case(W4A16Case(m, 384, 1024, 64, dtype, activation="silu_mul", residual=True, bits=8), "cuda", variant="gemm")
+
+
+def test_8_bits_elsewhere_run_the_reference() -> None:
+    check_case(W4A16Case(5, 128, 512, 128, torch.float32, symmetric=False, bits=8), "cuda")
+    with pytest.raises(nybble.runtime.errors.UnsupportedError, match="for 4-bit weights"):
+        check_case(W4A16Case(5, 128, 512, bits=8), "cuda", variant="mma")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("form", cost.GEMM_FORMS, ids=str)
 @pytest.mark.parametrize("m", [13, 31, 61, 200])
-def test_every_form_of_gemm(m: int, form: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_gemm(
+    m: int, form: tuple[int, int, int, int, int], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several tiles a block, the last not full, and parts of K of different lengths; over and over, in a graph too."""
     _runs("gemm")
     monkeypatch.setattr(cost, "GEMM_FORMS", (form,))
-    case, card = W4A16Case(m, 12296, 1096, 128, bias=m != 61), current()
+    case, card = W4A16Case(m, 12296, 1096, 128, bias=m != 61, bits=bits), current()
     assert card is not None
     found = cost.gemm_shapes(case.spec(), card)
     if isinstance(found, str):
@@ -432,10 +468,11 @@ def test_streams_and_graphs_leave_sums_in_places_of_their_own() -> None:
 def test_the_same_bits_from_run_to_run(variant: str) -> None:
     _runs(variant)
     for m, n, k in ((1, 4096, 4096), (16, 12288, 4096), (33, 4096, 8192)):
-        case = W4A16Case(m, n, k)
-        inputs = case.make("cuda")
-        want = case.run(inputs, variant)[0].clone()
-        assert all(torch.equal(case.run(inputs, variant)[0], want) for _ in range(50))
+        for bits in (4,) if variant == "stream" else (4, 8):
+            case = W4A16Case(m, n, k, bits=bits)
+            inputs = case.make("cuda")
+            want = case.run(inputs, variant)[0].clone()
+            assert all(torch.equal(case.run(inputs, variant)[0], want) for _ in range(50))
 
 
 @pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])

@@ -39,6 +39,18 @@ def test_forward_is_the_operation(full: bool) -> None:
     assert torch.equal(layer(x), w4a16_linear(x, PackedWeight.from_quantized(weight), bias=bias))
 
 
+def test_a_layer_of_8_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randint(0, 256, (K, N), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 256, (K // GROUP, N), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(K // GROUP, N, generator=generator).half() / 16
+    weight = QuantizedWeight(q, zeros, scales, GROUP, bits=8)
+    layer, x = W4A16Linear.from_packed(PackedWeight.from_quantized(weight)), torch.randn(2, 3, K)
+    assert layer.bits == 8 and "bits=8" in repr(layer)
+    torch.testing.assert_close(layer(x), x @ weight.dequantize(), rtol=1e-5, atol=1e-3)
+    assert copy.deepcopy(layer).packed().bits == layer.packed().to("meta").bits == 8
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_state_dict_carries_everything(full: bool) -> None:
     layer, other, x = make_layer(0, full=full), make_layer(1, full=full), torch.randn(2, K)
@@ -99,5 +111,5 @@ def test_no_parameter_wants_a_gradient_and_repr_names_the_kind() -> None:
     layer = make_layer(0, full=True)
     assert not any(p.requires_grad for p in layer.parameters())
     assert repr(layer) == (
-        "W4A16Linear(in_features=96, out_features=40, group_size=32, bias=True, zero points, act-order)"
+        "W4A16Linear(in_features=96, out_features=40, group_size=32, bits=4, bias=True, zero points, act-order)"
     )

@@ -257,6 +257,59 @@ def test_a_quantised_head(tmp_path: Path, tied: bool) -> None:
     torch.testing.assert_close(llama_logits(model), hidden @ head.dequantize(), rtol=1e-5, atol=1e-4)
 
 
+def to_bytes(weight: torch.Tensor, group_size: int, *, shuffled: bool) -> nybble.QuantizedWeight:
+    """``[K, N]`` rounded to 8 bits by groups, from the least value of each to the largest."""
+    k, n = weight.shape
+    order = torch.randperm(k) if shuffled else torch.arange(k)
+    parts = weight[order].view(k // group_size, group_size, n)
+    low, high = parts.amin(1), parts.amax(1)
+    scales = ((high - low) / 255).half()
+    zeros = (-low / scales.float()).round().clamp(0, 255)
+    q = torch.empty(k, n)
+    q[order] = (parts / scales.float()[:, None] + zeros[:, None]).round().clamp(0, 255).view(k, n)
+    g_idx = torch.empty(k, dtype=torch.int32)
+    g_idx[order] = torch.arange(k, dtype=torch.int32) // group_size
+    return nybble.QuantizedWeight(
+        q.to(torch.uint8), zeros.to(torch.uint8), scales, group_size, g_idx if shuffled else None, bits=8
+    )
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_a_model_of_8_bits(
+    make_model: MakeModel, ids: torch.Tensor, tmp_path: Path, kind: str, shuffled: bool, checkpoint_format: str
+) -> None:
+    model = make_model(kind)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        exact = model(ids).logits
+        for name, module in model.base_model.named_modules(prefix=model.base_model_prefix):
+            if isinstance(module, torch.nn.Linear):
+                weight = to_bytes(module.weight.t(), 32, shuffled=shuffled)
+                del tensors[f"{name}.weight"]
+                packed = pack_gptq(weight, checkpoint_format=checkpoint_format)
+                tensors |= {f"{name}.{short}": tensor.contiguous() for short, tensor in packed.items()}
+                module.weight.copy_(weight.dequantize().t())
+        expected = model(ids).logits
+    save_file(tensors, tmp_path / "model.safetensors")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"] = {
+        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": shuffled, "sym": False,
+        "checkpoint_format": checkpoint_format,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    loaded = nybble.load(tmp_path, device="cpu")
+    layers = [module for module in loaded.modules() if isinstance(module, W4A16Linear)]
+    assert layers and {layer.bits for layer in layers} == {8}
+    assert all((layer.perm is not None) == shuffled for layer in layers)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-4)
+    # and 8 bits are close to the model that they were made of
+    assert 0 < (expected - exact).norm() < 0.05 * exact.norm()
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

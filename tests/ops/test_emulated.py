@@ -249,8 +249,8 @@ def test_gemm(case: W4A16Case, form: cost.Form, ahead: int, clusters: int) -> No
     many(case, form, ahead, clusters)
 
 
-# Weights of 8 bits in both kernels: halves of units, groups of every part of one, zero points up to 255, act-order, tiles
-# of K and N that are not full, what goes around.
+# Weights of 8 bits in both kernels: halves of units, groups of every part of one, zero points up to 255, act-order,
+# tiles of K and N that are not full, what goes around.
 BYTES_FEW: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(1, 128, 1024, bits=8), 2, {}),
     (W4A16Case(1, 72, 200, 32, BRAIN, symmetric=False, bits=8), 2, {}),

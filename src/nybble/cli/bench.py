@@ -139,6 +139,7 @@ def run(
     group_size: int | None = typer.Option(None, "--group-size", help="Of one product: 16, 32, 64, 128, 256 or -1."),
     check: Check | None = CHECK,
     detailed: bool = typer.Option(False, "--detailed", help="The operation's further cases too, and memory they take."),
+    bits: int | None = typer.Option(None, "--bits", help="Of one product's weight: 4 or 8; 4 when left out."),
     device: str = DEVICE,
     json: bool = JSON,
 ) -> None:
@@ -158,14 +159,14 @@ def run(
 
     where = device_of(device)
     numbers = [int(word) for word in ops or [] if word.lstrip("-").isdigit()]
-    if numbers or group_size is not None:
+    if numbers or group_size is not None or bits is not None:
         others = {"--filter": filter, "--small": small, "--save": save, "--plot": plot, "--plot-to": plot_to}
         others |= {"--target-ms": target_ms is not None, "--runs": runs}
         for option, given in others.items():
             if given:
                 raise typer.BadParameter("not for one product (M N K)", param_hint=option)
         names = [word for word in ops or [] if not word.lstrip("-").isdigit()]
-        _run_single(names, numbers, group_size, where, quick=quick, json=json)
+        _run_single(names, numbers, group_size, bits, where, quick=quick, json=json)
         return
     alone = target_ms is not None or runs is not None
     accurate = check in (Check.accuracy, Check.all)
@@ -255,7 +256,14 @@ def run(
 
 
 def _run_single(
-    names: list[str], numbers: list[int], group_size: int | None, where: Any, *, quick: bool, json: bool
+    names: list[str],
+    numbers: list[int],
+    group_size: int | None,
+    bits: int | None,
+    where: Any,
+    *,
+    quick: bool,
+    json: bool,
 ) -> None:
     """One product, checked, timed, and timed for other rows."""
     from nybble.bench import roofline, single
@@ -268,7 +276,7 @@ def _run_single(
     m, n, k = (*numbers, *single.DEFAULTS[len(numbers) :])
     shape = {"m": m, "n": n, "k": k} | ({} if group_size is None else {"group_size": group_size})
     module = cases_module("w4a16")
-    case = module.parse(shape, module.BENCH[0].dtype)
+    case = module.parse(shape, module.BENCH[0].dtype, bits=4 if bits is None else bits)
     card = current(where.index) if where.type == "cuda" else None
     peaks = roofline.peaks(where.index or 0) if card is not None else None
     found = single.measure(case, device=where, hardware=card, peaks=peaks, rounds=8 if quick else 30)
@@ -420,6 +428,7 @@ def explain(
     group_size: int | None = typer.Option(
         None, "--group-size", help="w4a16, ln_qkv: 16, 32, 64, 128, 256, or -1 for K."
     ),
+    bits: int | None = typer.Option(None, "--bits", help="w4a16: 4 or 8 bits a weight; 4 when left out."),
     rows: int | None = typer.Option(None, "--rows", min=0, help="norm: rows (tokens)."),
     hidden: int | None = typer.Option(None, "--hidden", min=1, help="norm: hidden size."),
     tokens: int | None = typer.Option(None, "--tokens", min=0, help="flatquant: tokens."),
@@ -433,7 +442,7 @@ def explain(
     Needs no GPU: the choice is a function of the request and the hardware.
     """
     given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden, "tokens": tokens}
-    case = _case(op, {name: value for name, value in given.items() if value is not None}, dtype, function)
+    case = _case(op, {name: value for name, value in given.items() if value is not None}, dtype, function, bits)
     card = _hardware(hardware)
     choice = case.choice(card)
     floor = case.floor_us(card)
@@ -463,7 +472,7 @@ def explain(
     out.print(table)
 
 
-def _case(op: str, shape: dict[str, int], dtype: str, function: str) -> Case:
+def _case(op: str, shape: dict[str, int], dtype: str, function: str, bits: int | None) -> Case:
     """The case with these dimensions; what is left out is the operation's default."""
     module = cases_module(op)
     functions = dict.fromkeys(case.function for case in (*module.BENCH, *module.SMALL))
@@ -474,7 +483,11 @@ def _case(op: str, shape: dict[str, int], dtype: str, function: str) -> Case:
         if name not in known:
             option = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"{op} has no such dimension; it has {', '.join(known)}", param_hint=option)
-    options = {"function": function} if function and len(functions) > 1 else {}
+    options: dict[str, Any] = {"function": function} if function and len(functions) > 1 else {}
+    if bits is not None:
+        if op != "w4a16":
+            raise typer.BadParameter("of w4a16 only", param_hint="--bits")
+        options["bits"] = bits
     return module.parse(shape, dtype_of(dtype) or module.BENCH[0].dtype, **options)
 
 

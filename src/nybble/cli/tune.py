@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nybble.ops.w4a16.cases import W4A16Case
 
 
-MODEL = typer.Option(None, "--model", help="A folder: all shapes of its 4-bit layers.")
+MODEL = typer.Option(None, "--model", help="A folder: all shapes of its quantised layers.")
 
 
 def tune(
@@ -23,6 +23,7 @@ def tune(
     k: int | None = typer.Option(None, "--k", min=8, help="Input features."),
     model: Path | None = MODEL,
     group_size: int = typer.Option(128, "--group-size", help="16, 32, 64, 128, 256, or -1 for K."),
+    bits: int = typer.Option(4, "--bits", help="Of a weight: 4 or 8."),
     asymmetric: bool = typer.Option(False, "--asymmetric", help="With zero points."),
     act_order: bool = typer.Option(False, "--act-order", help="With a permutation of the input features."),
     max_m: int = typer.Option(4096, "--max-m", min=1, help="Powers of two from 1 to here are measured."),
@@ -56,7 +57,7 @@ def tune(
     if (model is None) == (n is None or k is None):
         raise typer.BadParameter("name a shape by both --n and --k, or a folder by --model", param_hint="--model")
     kind = dtype_of(dtype)
-    shapes = _of_model(model) if model is not None else [_of_shape(n, k, group_size, asymmetric, act_order)]
+    shapes = _of_model(model) if model is not None else [_of_shape(n, k, group_size, bits, asymmetric, act_order)]
     rows = [m for m in ROWS if m <= max_m]
     cases = [replace(case, m=m, dtype=kind, scale_dtype=case.scale_dtype or kind) for case in shapes for m in rows]
     results: list[Result] = []
@@ -77,18 +78,18 @@ def tune(
     stderr().print(f"saved {tuned.path(card)}", markup=False, soft_wrap=True)
 
 
-def _of_shape(n: int | None, k: int | None, group_size: int, asymmetric: bool, act_order: bool) -> W4A16Case:
+def _of_shape(n: int | None, k: int | None, group_size: int, bits: int, asymmetric: bool, act_order: bool) -> W4A16Case:
     import torch
 
     from nybble.ops.w4a16.cases import parse
 
     assert n is not None and k is not None, "looked at before"
     shape = {"m": 1, "n": n, "k": k, "group_size": group_size}
-    return parse(shape, torch.float16, symmetric=not asymmetric, act_order=act_order)
+    return parse(shape, torch.float16, symmetric=not asymmetric, act_order=act_order, bits=bits)
 
 
 def _of_model(folder: Path) -> list[W4A16Case]:
-    """The shapes of a model's 4-bit layers, each once. The model is loaded on the CPU, and dropped."""
+    """The shapes of a model's quantised layers, each once. The model is loaded on the CPU, and dropped."""
     import torch
 
     from nybble.models.layers import W4A16Linear
@@ -102,11 +103,11 @@ def _of_model(folder: Path) -> list[W4A16Case]:
             size = -1 if w.group_size >= w.in_features else w.group_size
             case = W4A16Case(
                 1, w.out_features, w.in_features, size, symmetric=w.qzeros is None, act_order=w.perm is not None,
-                scale_dtype=w.scales.dtype,
+                scale_dtype=w.scales.dtype, bits=w.bits,
             )  # fmt: skip
             found[case] = None
     if not found:
-        raise fail(f"{folder}: a model without 4-bit layers", "nybble tune")
+        raise fail(f"{folder}: a model without quantised layers", "nybble tune")
     return list(found)
 
 

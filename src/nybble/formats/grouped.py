@@ -21,8 +21,8 @@ class QuantizedWeight:
 
     Attributes:
         q: uint8 ``[K, N]``, values 0..15, or 0..255 with 8 bits.
-        zeros: uint8 ``[G, N]``, values in the same range (8, or 128, everywhere when symmetric), the true zero points of
-            every format.
+        zeros: uint8 ``[G, N]``, in the same range (8 or 128 everywhere when symmetric), the true zero points of every
+            format.
         scales: ``[G, N]`` float16, bfloat16 or float32.
         group_size: features of K that share a scale; K itself for one group per output channel.
         g_idx: int32 ``[K]``, the group of each input feature (act-order), or ``None`` for ``k // group_size``.

@@ -141,7 +141,8 @@ def features_per_group(group_size: int, k: int, origin: Origin) -> int:
 
 
 def check_packable(k: int, n: int, origin: Origin) -> None:
-    """Refuses a weight whose sides don't fill words of eight nibbles, along K or along N; with bytes no others either."""
+    """Refuses a weight whose sides are no multiples of 8: the formats pack eight nibbles a word, along K or along N,
+    and the kernels move eight features at a time, bytes too."""
     for axis, size in (("K (in_features)", k), ("N (out_features)", n)):
         if size % NIBBLES:
             raise origin.refuse("qweight", f"{axis} to be a multiple of {NIBBLES}", size)

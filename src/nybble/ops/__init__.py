@@ -3,7 +3,7 @@ PyTorch), ``cost.py`` (which variant), ``cases.py`` (inputs for tests, benches, 
 
 OPERATIONS: dict[str, str] = {
     "norm": "LayerNorm and RMSNorm fused with the residual additions around them",
-    "w4a16": "4-bit weight linear: fp16 or bf16 activations, GPTQ or AWQ weights",
+    "w4a16": "4-bit or 8-bit weight linear: fp16 or bf16 activations, GPTQ or AWQ weights",
     "ln_qkv": "a norm, then queries, keys and values from a 4-bit weight, in one",
     "q4_0": "llama.cpp's Q4_0 weights, activations quantised to Q8_1 inside the kernel",
     "flatquant": "two small transforms around each row, then int4 with a scale a row",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.formats.grouped import GROUP_SIZES, QuantizedWeight
+from nybble.formats.grouped import BITS, GROUP_SIZES, QuantizedWeight
 from nybble.formats.tiles import PackedWeight
 from nybble.ops.case import ROUNDING, Case, Tensors, take
 from nybble.ops.norm.cases import TINY
@@ -328,7 +328,7 @@ def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> W4A16Cas
     """The case for a shape such as ``{"m": 8, "n": 12288, "k": 4096}``; options are the fields of :class:`W4A16Case`.
 
     Raises:
-        ValueError: a dimension is missing or unknown.
+        ValueError: a dimension is missing or unknown, or a number is not one that there is.
     """
     m, n, k, group_size = take("w4a16", shape, {"m": 1, "n": 4096, "k": 4096, "group_size": 128})
     for name, features in (("n", n), ("k", k)):
@@ -336,6 +336,8 @@ def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> W4A16Cas
             raise wrong_value("w4a16", name, "a positive multiple of 8", features)
     if group_size != -1 and group_size not in GROUP_SIZES:
         raise wrong_value("w4a16", "group_size", f"-1 or one of {GROUP_SIZES}", group_size)
+    if options.get("bits", 4) not in BITS:
+        raise wrong_value("w4a16", "bits", f"one of {BITS}", options["bits"])
     return W4A16Case(m, n, k, group_size, dtype, **options)
 
 

@@ -61,6 +61,10 @@ GEMM_US = (2.2, 0.8, 0.2)
 """us of a call, of each turn of tiles, and of the exchange of sums in a turn."""
 GEMM_STREAM = 1.2
 """How many times longer than a plain read it takes the weights at least."""
+L2_BYTES_US = 60e3
+"""Bytes a us that a block gets from L2 while all ask, with weights of 8 bits. A guess: 52e3 were seen with 4 bits."""
+SHORT_RING = 1.4
+"""How many times longer tiles take with two stages only. A guess: half a stage is too short for the next to come."""
 PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
@@ -189,14 +193,16 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
             forms += [(1, 3, 2, 4, 2)] if spec.k <= 8192 else []
         elif spec.n <= 64 * 3 * PAIRS and spec.k <= 4608 and not pairs and not spec.norm:
             # Three blocks an SM; with a norm they would all be at it at once: 13.1 us for 8.4.
-            forms += [(1, 2, 2, 3, 2)]
+            forms += [(1, 2, 2, 3 if spec.bits == 4 else 2, 2)]
         forms += [(1, 4, 2, 4, 2), (1, 4, 2, 3, 2)]
     elif tile == 16:
         forms += [(1, 3, 2, 3, 1)] if once and spec.k <= 8192 else []
         forms += [(1, 4, 2, 3 if spec.k <= 4608 else 4, 2), (1, 4, 2, 3, 1), (2, 2, 4, 4, 2)]
     elif tile == 32:
         forms += [(1, 3, 2, 3, 1)] if once else []
-        forms += [(1, 3, 2, 4, 2), (1, 3, 2, 3, 1), (2, 2, 4, 4, 2)]
+        forms += [(1, 3, 2, 4, 2), (1, 3, 2, 3, 1)]
+        forms += [(1, 2, 2, 4, 1)] if spec.bits == 8 else []
+        forms += [(2, 2, 4, 4, 2)]
     else:
         forms += [(3, 1, 4, 4, 2)] if not pairs and parts == 1 else []
         forms += [(2, 1, 4, 4, 2), (2, 1, 4, 3, 2)]
@@ -208,7 +214,8 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
             teams, slices = max(2, teams), max(1, min(slices, 2))  # a pair of warpgroups has the pairs of features
             if 4 * teams // cluster % 2 or teams % 2:
                 continue
-        if parts >= 4 and teams * slices == 4:  # 17 warps leave 96 registers a thread, and small groups need more
+        crowded = parts >= 4 or (spec.bits == 8 and spec.zeros and tile == 32)
+        if crowded and teams * slices == 4:  # 17 warps leave 96 registers a thread, and small groups need more
             slices -= 1
             if not slices:
                 continue
@@ -228,7 +235,7 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
             return {
                 "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead,
                 "SUM_ROWS": at_once, "BUFFERS": buffers, "GATHERED": int(gathered),
-                "BLOCKS": 3 if (slices, ahead, tile) == (2, 3, 8) else 1, "SHARED": shared,
+                "BLOCKS": 3 if (tile, teams, slices, cluster, buffers) == (8, 1, 2, 2, 2) else 1, "SHARED": shared,
             }  # fmt: skip
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
 
@@ -245,8 +252,10 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
     if (pairs and teams % 2) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
         return None
-    crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias
+    crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias or spec.bits == 8
     if tile == 64 and (slices == 3 or (warpgroups == 4 and crowded)):
+        return None  # spills
+    if spec.bits == 8 and tile == 256 and teams == 1 and stream_k:
         return None  # spills
     of_block = math.ceil(units / ways)
     stages = math.ceil(of_block / slices)
@@ -264,9 +273,14 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     start, turn, sums = GEMM_US
     # Each further group of a unit adds its sums up apart: by the count of instructions, a fused multiply-add a cycle.
     unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * (tile < 256) * tile * 0.00028
-    us = turns * stages * warpgroups * unit + math.ceil(turns) * (turn + sums * (ways * slices > 1))
+    us = turns * stages * warpgroups * unit
+    if spec.bits == 8:
+        fetched = slices * (2 * tile * 128 // wide + teams * _unit_bytes(spec, parts))
+        us = max(us, turns * stages * fetched / L2_BYTES_US)
+    us += math.ceil(turns) * (turn + sums * (ways * slices > 1))
     # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
     us += stream_k * (LEFT_US[0] + LEFT_US[1] * tile * teams * max(1.0, 1 / turns))
+    us *= SHORT_RING if ahead < min(3, stages) else 1.0
     us *= 1 + LONG * us / (us + 600)
     memory = GEMM_STREAM * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {

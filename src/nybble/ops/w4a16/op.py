@@ -296,8 +296,8 @@ def _launch(
             odd |= not _plain(residual) or residual.shape[:-1] != shape[:-1]
             odd |= residual.shape[-1:] != (weight.out_features >> (activation == "silu_mul"),)
     key = (
-        k, weight.out_features, weight.group_size, weight.bits, dtype, scales.dtype, qzeros is None, perm is None, bias is not None,
-        (rows - 1).bit_length(), variant, device, around,
+        k, weight.out_features, weight.group_size, weight.bits, dtype, scales.dtype, qzeros is None, perm is None,
+        bias is not None, (rows - 1).bit_length(), variant, device, around,
     )  # fmt: skip
     ready = _PLANS.get(key)
     if odd or ready is None or not shape or shape[-1] != k:
@@ -616,14 +616,16 @@ def w4a16_linear(
     residual: Tensor | None = None,
     variant: str = "auto",
 ) -> Tensor:
-    """Linear layer with a weight of 4 or 8 bits: ``y = activation(norm(x) @ W + bias) + residual``, each part but the product optional.
+    """Linear layer with a weight of 4 or 8 bits: ``y = activation(norm(x) @ W + bias) + residual``.
+
+    Each part but the product is optional.
 
     ``W[k, n] = scales[g, n] * (q[k, n] - zeros[g, n])`` with ``g = k // group_size``, or ``g_idx[k]`` with act-order.
 
     Args:
         x: ``[..., K]``, float16 or bfloat16 (float32 runs the reference). Any leading shape, zero rows included.
-        weight: a packed ``[K, N]`` weight on the device of ``x``; K and N multiples of 8, any group size. It says whether
-            it has 4 bits or 8; those of 8 are Hopper's, and run the reference elsewhere.
+        weight: a packed ``[K, N]`` weight on the device of ``x``; K and N multiples of 8, any group size. It says
+            whether it has 4 bits or 8; with 8 there are kernels for Hopper, and other devices run the reference.
         bias: ``[N]``, the dtype of ``x``.
         norm: a :class:`nybble.Norm` of ``x`` over K, its tensors ``[K]`` in the dtype of ``x``.
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of
