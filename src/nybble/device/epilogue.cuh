@@ -29,8 +29,8 @@ template <int N, int SPLIT1, int SPLIT2> __device__ __forceinline__ int plane_wi
 
 // Four neighbouring features, from their sums on, to `to`; with a residual from `residual` on. `sum(which, value)` adds up those
 // of the result, or with silu_mul of the gate (0) and of up (1).
-template <int ACT, bool BIAS, bool RESIDUAL, int N, typename X, typename Sum>
-__device__ __forceinline__ void finish_at(const X* bias, const X* residual, X* to, int feature, Sum sum) {
+template <int ACT, bool BIAS, bool RESIDUAL, int N, typename X, typename Y, typename Sum>
+__device__ __forceinline__ void finish_at(const X* bias, const X* residual, Y* to, int feature, Sum sum) {
     auto add = [](const X* from, float (&value)[4]) {
         float extra[4];
         load_vector(from, extra);
@@ -55,8 +55,8 @@ __device__ __forceinline__ void finish_at(const X* bias, const X* residual, X* t
 }
 
 // The same of row m of a result that may be three planes.
-template <int ACT, bool BIAS, bool RESIDUAL, int N, int SPLIT1, int SPLIT2, typename X, typename Sum>
-__device__ __forceinline__ void finish_four(const X* bias, const X* residual, X* y, long long rows, long long m, int feature,
+template <int ACT, bool BIAS, bool RESIDUAL, int N, int SPLIT1, int SPLIT2, typename X, typename Y, typename Sum>
+__device__ __forceinline__ void finish_four(const X* bias, const X* residual, Y* y, long long rows, long long m, int feature,
                                             Sum sum) {
     constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
     const long long at = m * N_OUT + feature;

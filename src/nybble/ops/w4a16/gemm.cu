@@ -6,7 +6,7 @@
 //               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it. Only
 //               where TILE_M is 256 scale * (q - zero) is rounded to X, as a model in 16 bits has it
 // Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, BITS / 4, 4,
-//               32]; scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 8 BITS]; bias: X [N]; residual: X [M, N or N / 2]; y: X
+//               32]; scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 8 BITS]; bias: X [N]; residual: X [M, N or N / 2]; y: Y
 //               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; workspace:
 //               FLAG_BYTES of flags, zero before and after, and [blocks][TEAMS][4 warps][TILE_M / 8][32 lanes][4] float, with
 //               STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
@@ -20,7 +20,7 @@
 //               units: whoever has the end of a tile adds what those before it have left in the workspace
 // Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
 //               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
-// Constants     BITS: 4, 8; X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
+// Constants     BITS: 4, 8; X: half_t, bf16_t; Y: X or float; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, from TILE_M 128 on up to 2; CLUSTER: 1,
 //               2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while the
 //               tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL,
@@ -91,7 +91,7 @@ struct Piece { int tile, from, upto; };  // stages of a tile
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ qweight, const S* __restrict__ scales,
             const unsigned char* __restrict__ qzeros, const X* __restrict__ bias, const X* __restrict__ residual,
-            X* __restrict__ y, unsigned char* workspace, long long rows) {
+            Y* __restrict__ y, unsigned char* workspace, long long rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
     float* const results = reinterpret_cast<float*>(shared + AHEAD * STAGE);
     float* const sums = results + TEAMS * PASS * PAD;  // [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4]
@@ -333,7 +333,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         pin(index);
         const int lane = index % 32, row8 = lane / 4;
         auto store = [&](const auto& values, int from_row) {  // from_row: of the tile
-            if constexpr (ACT != SILU_MUL && !RESIDUAL) {
+            if constexpr (ACT != SILU_MUL && !RESIDUAL && same<X, Y>) {
                 // Rounded in registers, turned around by stmatrix: half the bytes and a quarter of the instructions.
                 constexpr int HELD = sizeof(values) / 2, STEP = HELD < 2 * PASS ? HELD : 2 * PASS;  // rows
                 X* const place = reinterpret_cast<X*>(results + team * PASS * PAD);  // [STEP][64], swizzled
@@ -345,7 +345,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                     if (own + 8 < N) bias_of[1] = to_float(bias[own + 8]);
                 }
                 const int feature = first + thread % 8 * 8, width = plane_width<N, SPLIT1, SPLIT2>(feature);
-                X* const to = in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
+                Y* const to = in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
 #pragma unroll
                 for (int pass = 0; pass < HELD / STEP; ++pass) {
                     if (first_row + pass * STEP >= rows) break;
@@ -384,7 +384,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const int row0 = thread / 16, column = thread % 16 * 4;
             const int feature = column + (ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 : features_of(n_tile, team)) * 64;
             const int width = ACT == SILU_MUL ? N_OUT : plane_width<N, SPLIT1, SPLIT2>(feature);
-            X* const to = ACT == SILU_MUL ? y + feature : in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
+            Y* const to = ACT == SILU_MUL ? y + feature : in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
 #pragma unroll
             for (int pass = 0; pass < HELD / STEP; ++pass) {
                 if (first_row + pass * STEP >= rows) break;

@@ -273,8 +273,10 @@ def _launch(
     split1: int = 0,
     split2: int = 0,
     words: Words = WORDS,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The warm path: one look at each tensor, one at the plans, the launch."""
+    """The warm path: one look at each tensor, one at the plans, the launch. ``out_dtype``, where it is not that of x:
+    float32, with nothing around the product."""
     qweight, scales, qzeros, perm = weight.qweight, weight.scales, weight.qzeros, weight.perm
     device, dtype, shape, k = x.get_device(), x.dtype, x.shape, weight.in_features
     rows = x.numel() // k
@@ -297,7 +299,7 @@ def _launch(
             odd |= residual.shape[-1:] != (weight.out_features >> (activation == "silu_mul"),)
     key = (
         k, weight.out_features, weight.group_size, weight.bits, dtype, scales.dtype, qzeros is None, perm is None,
-        bias is not None, (rows - 1).bit_length(), variant, device, around,
+        bias is not None, (rows - 1).bit_length(), variant, device, around, out_dtype,
     )  # fmt: skip
     ready = _PLANS.get(key)
     if odd or ready is None or not shape or shape[-1] != k:
@@ -308,7 +310,7 @@ def _launch(
             spec = _spec(
                 x, weight, bias, variant, residual, norm_bias, norm_kind, activation, split1, split2
             )  # fmt: skip
-            ready = _PLANS[key] = _make(spec, device)
+            ready = _PLANS[key] = _make(spec._replace(out_dtype=out_dtype), device)
         if not isinstance(ready, str):
             bias, residual = _straight(bias), _straight(residual)
             norm_weight, norm_bias = _straight(norm_weight), _straight(norm_bias)
@@ -320,7 +322,7 @@ def _launch(
         return _reference(
             x, weight, bias, residual, norm_weight, norm_bias, eps, norm_kind, activation,
             split1=split1, split2=split2,
-        )  # fmt: skip
+        ).to(out_dtype or dtype)  # fmt: skip
     kernel, plan, tile_m, across, most, share, left, gather, templates, maps = ready
     if not _plain(x):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -329,7 +331,7 @@ def _launch(
         if len(templates) >= _MAX_TEMPLATES:
             templates.clear()
         out = result_shape(shape[:-1], weight.out_features, activation, split1, split2)
-        template = templates[shape] = x.new_empty(1).expand(out)
+        template = templates[shape] = x.new_empty(1, dtype=out_dtype or dtype).expand(out)
     y = torch.empty_like(template, memory_format=torch.contiguous_format)
     if not rows:
         return y
@@ -385,7 +387,7 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
         ("BIAS", spec.bias),
     )
     if candidate.variant in ("wgmma", "gemm"):
-        constants += (("BITS", spec.bits),)
+        constants += (("BITS", spec.bits), ("Y", spec.out_dtype or spec.dtype))
     if candidate.variant != "mma":
         split1, split2 = spec.splits or (spec.n, spec.n)
         constants += (
@@ -510,6 +512,14 @@ def cpu(
 def cuda(x: Tensor, weight: PackedWeight, bias: Tensor | None, variant: str, *around: Any) -> Tensor:
     """What runs on CUDA; arguments as :func:`cpu`."""
     return _launch(x, weight, bias, variant, *around)
+
+
+def product(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
+    """``x @ W`` on CUDA, of inputs that were checked, in float32 or the dtype of x."""
+    card = hardware.current(x.get_device())
+    if out_dtype is x.dtype or card is None or card.capability != (9, 0):
+        return _launch(x, weight, None, "auto").to(out_dtype)
+    return _launch(x, weight, None, "auto", out_dtype=out_dtype)
 
 
 def fake(

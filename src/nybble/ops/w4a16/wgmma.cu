@@ -6,7 +6,7 @@
 //               silu(first half of n) * second half. The weight is never rounded: q - zero is exact, sums are fp32
 // Tensors       as stream.cu: x: X [M, K]; qweight: uint4 [N64, K64, BITS / 4, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
 //               [N64, GROUPS, 8 BITS]; perm: int32 [K]; bias: X [N]; residual: X [M, N or N / 2]; norm_weight, norm_bias: X [K];
-//               y: X [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul;
+//               y: Y [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul;
 //               unused ones are null. N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
 // Layout        formats/tiles.py has the diagram. 64 output by 64 input features are 2 KB (8 bits: 4) that follow each other along
 //               K, so that one bulk copy brings SLICES units; a warp's 512 of 2 KB are its quarter of wgmma's A, 4 steps (2)
@@ -17,7 +17,7 @@
 //               AHEAD stages of a unit for every warpgroup, with its scales and zero points; sums: [BUFFERS][SOURCES][OWNED]
 //               [SUM_ROWS / 8][128] float, as fragments; moments: [CLUSTER][max(TILE_M, warps)][4] float, and
 //               [TILE_M][4] of rows; barriers
-// Constants     BITS: 4, 8; X: half_t, bf16_t; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
+// Constants     BITS: 4, 8; X: half_t, bf16_t; Y: X or float; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
 //               >= K; TILE_M: 8, 16, 32, 64; TEAMS, SLICES: together up to 4; CLUSTER: 2, 4, 8, dividing 4 * TEAMS; AHEAD: stages;
 //               GATHERED: 0/1, x is in the order of perm already (gather.cu); SUM_ROWS: rows exchanged at a time; BUFFERS: 1..2;
 //               BLOCKS: on an SM; ZEROS, PERM, BIAS, NORM_BIAS, RESIDUAL: 0/1; NORM: 0, 1 LayerNorm, 2 RMSNorm; ACT: 0,
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
 wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S* __restrict__ scales,
              const unsigned char* __restrict__ qzeros, const int* __restrict__ perm, const X* __restrict__ bias,
              const X* __restrict__ residual, const X* __restrict__ norm_weight, const X* __restrict__ norm_bias,
-             X* __restrict__ y, long long rows, double eps) {
+             Y* __restrict__ y, long long rows, double eps) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const tile = shared;
     unsigned char* const ring = shared + X_BYTES;
