@@ -14,6 +14,7 @@ import nybble
 from nybble.ops.ln_qkv import op
 from nybble.ops.ln_qkv.cases import LnQkvCase, parse
 from nybble.ops.w4a16 import cost
+from nybble.ops.w4a16.cases import W4A16Case
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import H200
 
@@ -55,6 +56,15 @@ def test_is_the_norm_then_the_product() -> None:
     for plane, part in zip(got, want.chunk(3, -1), strict=True):
         assert torch.equal(plane, part)
     assert torch.equal(nybble.ln_qkv(inputs.x, inputs.weight, inputs.norm, bias=inputs.bias), got)
+
+
+def test_a_packed_weight_of_8_bits() -> None:
+    inputs = W4A16Case(3, 192, 64, 32, torch.float32, symmetric=False, act_order=True, norm="layernorm", bits=8).make()
+    assert inputs.norm is not None
+    got = nybble.ln_qkv(inputs.x, inputs.weight, inputs.norm)
+    normed = torch.nn.functional.layer_norm(inputs.x, (64,), inputs.norm.weight, inputs.norm.bias, inputs.norm.eps)
+    want = (normed @ inputs.quantized.dequantize()).unflatten(-1, (3, 64)).movedim(-2, 0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_grouped_queries_are_three_tensors_of_one_allocation() -> None:

@@ -6,7 +6,8 @@
 // fp16: a byte lands in the mantissa of 0x6400 = 1024, two of them by one PRMT, and taking (1024 + z) away leaves q - z exactly.
 // bf16 has 7 bits of mantissa: a byte alone is the number q * 2^-133, as the smallest exponent and the subnormals below it count
 // in the same unit. One fma takes it to q / 64 and z / 64 away: (q - z) / 64 has 8 bits at most and is exact. 64 is the
-// business of whoever multiplies by the scale; 2^133 is no bf16.
+// business of whoever multiplies by the scale; 2^133 is no bf16. Subnormals are kept: PTX ISA, "Half Precision Floating Point
+// Instructions: fma".
 #pragma once
 #include "int4.cuh"
 
@@ -45,7 +46,8 @@ __device__ __forceinline__ void unpack_int8(unsigned low, unsigned high, unsigne
         const unsigned huge = HUGE_PAIR;
         auto scaled = [&](unsigned pair, unsigned zero) {
             const unsigned minus = zero ^ 0x80008000u;
-            const P d = __hfma2(*reinterpret_cast<const P*>(&pair), *reinterpret_cast<const P*>(&huge), *reinterpret_cast<const P*>(&minus));
+            const P d =
+                __hfma2(*reinterpret_cast<const P*>(&pair), *reinterpret_cast<const P*>(&huge), *reinterpret_cast<const P*>(&minus));
             return *reinterpret_cast<const unsigned*>(&d);
         };
         fragment[0] = scaled(spread<0>(low, 0), top);

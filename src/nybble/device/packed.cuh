@@ -14,7 +14,8 @@ template <typename S, int N, int K, int GROUP, bool ZEROS, int BITS> struct Pack
     static constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
     static constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, steps of a group
     static constexpr int CHUNK = 512 * BITS, ZERO_ROW = 8 * BITS;  // bytes of 64 input features; of a group's zero points
-    static constexpr int WEIGHT_BYTES = 2 * CHUNK, SCALE_BYTES = PARTS * 64 * sizeof(S), ZERO_BYTES = ZEROS ? PARTS * ZERO_ROW : 0;  // of a unit
+    static constexpr int WEIGHT_BYTES = 2 * CHUNK, SCALE_BYTES = PARTS * 64 * sizeof(S);  // of a unit
+    static constexpr int ZERO_BYTES = ZEROS ? PARTS * ZERO_ROW : 0;
 
     // Rows of scales of `chunks` chunks: one a group, or one a unit where a group is longer. Of the last unit maybe only half
     // is there.
@@ -59,15 +60,16 @@ template <typename S, int N, int K, int GROUP, bool ZEROS, int BITS> struct Pack
             }
         }
     }
-    static constexpr unsigned MIDDLE = BITS == 4 ? 0x88 : 0x8080;  // the zero points of both rows where there are none
-    // Of rows g and g + 8, the first in the low half. `zero` is of the lane's strip; row8 is g.
+    // Zero points of rows g and g + 8, g in the low half; `zero` is where row g's are. MIDDLE is what they are where none are stored.
+    static constexpr unsigned MIDDLE = BITS == 4 ? 0x88 : 0x8080;
     __device__ static __forceinline__ unsigned zeros_of(const unsigned char* zero) {
         if constexpr (BITS == 4) return *zero;
         else return *reinterpret_cast<const unsigned short*>(zero);
     }
     // The pairs (q - zero point) of a step, as int4.cuh and int8.cuh have them: in steps of 1 / LARGER.
     template <typename T> static constexpr float LARGER = BITS == 8 && same<T, bf16_t> ? 64.0f : 1.0f;
-    template <typename T> __device__ static __forceinline__ void unpack(const unsigned* words, unsigned zeros, unsigned (&fragment)[4]) {
+    template <typename T>
+    __device__ static __forceinline__ void unpack(const unsigned* words, unsigned zeros, unsigned (&fragment)[4]) {
         if constexpr (BITS == 4) unpack_int4<T>(words[0], zero_pair<T>(zeros & 15), zero_pair<T>(zeros >> 4), fragment);
         else unpack_int8<T>(words[0], words[1], byte_zero<T>(zeros & 255), byte_zero<T>(zeros >> 8), fragment);
     }

@@ -346,7 +346,7 @@ def ln_qkv(
     kv_features: int | None = None,
     variant: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Norm, then queries, keys and values from a packed 4-bit weight.
+    """Norm, then queries, keys and values from a packed weight of 4 or 8 bits.
 
     Args:
         x: ``[..., H]``, float16 or bfloat16 (float32 runs the reference).

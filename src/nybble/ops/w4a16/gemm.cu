@@ -72,11 +72,12 @@ constexpr int STAGE_WEIGHTS = SLICES * X_BYTES;
 constexpr int STAGE_SCALES = STAGE_WEIGHTS + WARPGROUPS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + WARPGROUPS * SCALE_BYTES;
 constexpr int STAGE = (STAGE_ZEROS + WARPGROUPS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
 // Where even shares of an SM's registers are too few, the warpgroup that only asks gives its own away; all together have
-// what the launch gave them: 640 * 96 and 384 * 168.
+// what the launch gave them: 640 * 96, 512 * 128 and 384 * 168.
 constexpr bool CROWDED = TILE_M > 64 || (TILE_M == 64 && BITS == 8);
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 4 ? 32 : WARPGROUPS == 3 && CROWDED ? 32 : WARPGROUPS == 2 && TILE_M > 64 ? 40 : 0;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 232;
 static_assert(WARPGROUPS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
+static_assert(WARPGROUPS != 3 || 3 * CONSUMER_REGISTERS + 32 <= 4 * 128, "more than there are");
 static_assert(WARPGROUPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
 constexpr int PASS = OWN_M < PASS_M ? OWN_M : PASS_M;  // rows of results at a time
