@@ -233,7 +233,7 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(260, 200, 712, 64, BRAIN, symmetric=False, bias=True), (256, 1, 1, 2, 1, 0), 2, 2),
     (W4A16Case(256, 128, 456, 16, symmetric=False, activation="gelu"), (256, 1, 1, 1, 1, 0), 2, 1),
     (W4A16Case(300, 256, 512), (256, 2, 1, 1, 1, 1), 2, 3),
-    (W4A16Case(260, 520, 968, 64, BRAIN, bias=True), (256, 1, 1, 2, 1, 1), 2, 3),
+    (W4A16Case(260, 520, 968, 64, BRAIN, bias=True), (256, 2, 1, 2, 1, 1), 2, 3),
     (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
     (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
 ]

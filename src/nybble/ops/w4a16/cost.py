@@ -22,7 +22,7 @@ weights take; the part of the fp16 rate that many rows reach."""
 AROUND_US = 2.2
 """What a kernel around the product adds to a chain of them, for few rows."""
 WGMMA: tuple[tuple[int, float, float], ...] = (
-    (1, 1.8, 1.1), (2, 2.0, 1.1), (4, 2.5, 1.1), (8, 3.2, 1.12), (16, 3.6, 1.21), (32, 4.6, 1.55), (64, 6.0, 3.1),
+    (1, 1.8, 1.1), (2, 2.0, 1.1), (4, 2.5, 1.1), (8, 2.7, 1.25), (16, 3.5, 1.28), (32, 4.6, 1.55), (64, 6.0, 3.1),
 )  # fmt: skip
 """(rows, us of a call, how many times longer than a plain read the weights take) of wgmma.cu, fitted to
 results/h200/w4a16.jsonl. Beyond 32 rows the blocks of a cluster exchange more sums than weights."""
@@ -258,8 +258,6 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
         return None  # one warpgroup waits for its own exchange: 43.4 us beside 41.2
     crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias or spec.bits == 8
     if tile == 64 and (slices == 3 or (warpgroups == 4 and crowded)):
-        return None  # spills
-    if spec.bits == 8 and tile == 256 and teams == 1 and stream_k:
         return None  # spills
     of_block = math.ceil(units / ways)
     stages = math.ceil(of_block / slices)
