@@ -48,17 +48,18 @@ GEMM_FORMS = (
 are, those that were within 2 % of the fastest for some shape and number of rows, and what small N or zero points leave
 of them. Clusters of four lose: 30 of them run at once, of two 66."""
 UNIT_US = {
-    16: (0.124, 0.101, 0.114, 0.093), 32: (0.177, 0.182, 0.155, 0.145), 64: (0.3, 0.246, 0.223, 0.215),
+    16: (0.118, 0.112, 0.114, 0.093), 32: (0.177, 0.182, 0.155, 0.145), 64: (0.3, 0.246, 0.223, 0.215),
     128: (0.437, 0.373), 256: (0.723, 0.715),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
 number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
 LONG = 0.21
 """How much longer very long calls take: the GPU lowers its clock. Half of it at 600 us."""
-LEFT_US = (0.9, 0.006)
-"""us of a share of tiles that begins or ends within one, and of each row of 64 features that is left to another."""
-GEMM_US = (1.9, 0.9, 0.1)
-"""us of a call, of each turn of tiles, and of the exchange of sums in a turn."""
+LEFT_US = (1.9, 1e-5)
+"""us of a share of tiles that begins or ends within one, and, by the square of a tile's rows of 64 features, of what is
+left to another block: twice the sums are read by threads with half the registers for it."""
+GEMM_US = (1.9, 0.9, 0.12)
+"""us of a call, of each turn of tiles, and of adding up one more part of K in a turn."""
 GEMM_STREAM = 1.2
 """How many times longer than a plain read it takes the weights at least."""
 L2_BYTES_US = 60e3
@@ -279,19 +280,19 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     if spec.bits == 8:
         fetched = slices * (2 * tile * 128 // wide + teams * _unit_bytes(spec, parts))
         us = max(us, turns * stages * fetched / L2_BYTES_US)
-    us += math.ceil(turns) * (turn + sums * (ways * slices > 1))
+    us += math.ceil(turns) * (turn + sums * (ways * slices - 1))
     # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
-    us += stream_k * (LEFT_US[0] + LEFT_US[1] * tile * teams * max(1.0, 1 / turns))
+    us += stream_k * (LEFT_US[0] + LEFT_US[1] * (tile * teams) ** 2 * max(1.0, 1 / turns))
     us *= SHORT_RING if ahead < min(3, stages) else 1.0
     us *= 1 + LONG * us / (us + 600)
-    memory = GEMM_STREAM * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
+    memory = (GEMM_STREAM if spec.bits == 4 else 1.0) * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,
         "STREAM_K": stream_k, "EARLY": int(tile > 16), "AHEAD": ahead, "PASS_M": rows,
         "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0  # 12.0 to 12.4 us beside 11.3
-    return start + slower * _both(us, memory) + GATHER_US * spec.perm, config
+    return start + slower * _both(us, memory) + 1.4 * GATHER_US * spec.perm, config
 
 
 def gemm_shapes(
@@ -339,7 +340,7 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
     if variant == "wgmma":
         if config.get("GATHERED"):
-            start, reason = start + 1.4 * GATHER_US, f"{reason}, x gathered before"
+            start, reason = start + 1.2 * GATHER_US, f"{reason}, x gathered before"
         elif spec.perm:
             start += 1.4
         if spec.norm:  # of every row in every cluster, while no weights can be used
@@ -348,7 +349,7 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
         if spec.zeros or spec.group_size < 64 or spec.dtype == torch.bfloat16:
             slower *= 1.14
         if spec.activation == "silu_mul":
-            slower *= 1.28  # pairs of warpgroups, of which two are a block
+            slower *= 1.22  # pairs of warpgroups, of which two are a block
         units, slices = math.ceil(spec.k / (128 * config["CLUSTER"])), config["SLICES"]
         slower *= math.ceil(units / slices) * slices / units
         slower *= 1.15 if spec.k % 128 else 1.0  # one block of a cluster has a stage more, and half of it
