@@ -345,3 +345,15 @@ def test_no_words_collide_or_leave_the_picture(op, more):
         assert box.y1 <= drawing.bbox.y1, name
     for (name, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
         assert not box.overlaps(other_box), (name, other)
+
+
+def test_products_have_a_panel_of_what_they_compute_a_second() -> None:
+    """flatquant's m and n are no product's: without a k there is none."""
+    rows = [row(op="w4a16", shape={"m": m, "n": 4096, "k": 4096, "group_size": 128}, us=10.0) for m in (1, 16)]
+    times, roof, speed = plot.figure("w4a16", plot.shown("w4a16", rows)).axes
+    assert [axes.get_ylabel() for axes in (times, roof, speed)] == ["time, us", "fraction of the roof", "TFLOP/s"]
+    assert lines(speed)["nybble/cuda"] == [
+        (1.0, pytest.approx(2 * 4096**2 / 1e7)),
+        (16.0, pytest.approx(32 * 4096**2 / 1e7)),
+    ]
+    assert speed.get_ylim()[1] > 32 * 4096**2 / 1e7

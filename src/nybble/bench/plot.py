@@ -11,7 +11,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,8 +73,12 @@ RC: dict[Any, Any] = {
 
 # Inches; of the widths, the least a panel has and all have together.
 LEFT, RIGHT, BOTTOM, GAP = 0.7, 0.12, 0.5, 0.18
-PANEL_WIDTH, PANELS_WIDTH, HEIGHTS = 2.12, 5.6, (2.0, 1.5)
+PANEL_WIDTH, PANELS_WIDTH, HEIGHTS = 2.12, 5.6, (2.0, 1.5, 1.5)
 TITLE, LINE, OVER_PANELS, LEGEND_ENTRY = 0.34, 0.17, 0.4, 1.35
+
+
+Value = Callable[[dict[str, Any]], float | None]
+"""What a panel shows of a row."""
 
 
 class Shown(NamedTuple):
@@ -210,7 +214,7 @@ def _style() -> Iterator[None]:
 
 def figure(op: str, what: Shown) -> Figure:
     """A column of panels for each function. Above: time and, dashed, the floor. Below: the fraction of the roof, which
-    is floor over time; left out where no row has a floor, as on a CPU."""
+    is floor over time; left out where no row has a floor, as on a CPU. Last, for products, TFLOP/s."""
     from matplotlib.figure import Figure
 
     with _style():
@@ -218,7 +222,8 @@ def figure(op: str, what: Shown) -> Figure:
         roof = any(row["floor_us"] for row in what.rows)
         panel = max(PANEL_WIDTH, (PANELS_WIDTH + GAP) / len(functions) - GAP)
         width = LEFT + len(functions) * panel + (len(functions) - 1) * GAP + RIGHT
-        heights = HEIGHTS[: 2 if roof else 1]
+        values: list[Value] = [_us, *([_percent] if roof else []), *([_tflops] if _tflops(what.rows[0]) else [])]
+        heights = HEIGHTS[: len(values)]
 
         styles = _styles(what.rows)
         about = textwrap.wrap(_about(what), int((width - LEFT - RIGHT) * 72 / 5.1), break_long_words=False)
@@ -252,16 +257,18 @@ def figure(op: str, what: Shown) -> Figure:
             own = [row for row in what.rows if row["function"] == function]
             panels[0, column].set_title(function)
             for line, axes in enumerate(panels[:, column]):
-                _fill(axes, own, what.x, styles, roof=line == 1)
+                _fill(axes, own, what.x, styles, values[line])
                 axes.tick_params(length=0, labelleft=column == 0)
             panels[-1, column].set_xlabel(what.x)
-        for axes, text in zip(panels[:, 0], ("time, us", "fraction of the roof"), strict=False):
-            axes.set_ylabel(text)
+        for axes, value in zip(panels[:, 0], values, strict=True):
+            axes.set_ylabel(LABELS[value])
             axes.yaxis.set_label_coords(-0.52 / panel, 0.5)
         _scale_times(panels[0, 0], [row["us"] for row in what.rows])
         _scale_x(panels[0, 0], [row["shape"][what.x] for row in what.rows], panel)
         if roof:
             _scale_roof(panels[1, 0], max(_percent(row) or 0 for row in what.rows))
+        if _tflops in values:
+            panels[-1, 0].set_ylim(0, 1.12 * max(_tflops(row) or 0 for row in what.rows))
 
         handles = {
             label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -316,18 +323,31 @@ def _listed(values: set[str]) -> str:
     return " and ".join(sorted(values))
 
 
+def _us(row: dict[str, Any]) -> float | None:
+    return row["us"]
+
+
 def _percent(row: dict[str, Any]) -> float | None:
     return 100 * row["floor_us"] / row["us"] if row["floor_us"] else None
 
 
+def _tflops(row: dict[str, Any]) -> float | None:
+    """Of a product of M x K by K x N; a multiplication and an addition are two."""
+    sides = [row["shape"].get(side) for side in ("m", "n", "k")]
+    return 2 * math.prod(sides) / row["us"] / 1e6 if None not in sides else None
+
+
+LABELS: dict[Value, str] = {_us: "time, us", _percent: "fraction of the roof", _tflops: "TFLOP/s"}
+
+
 def _fill(
-    axes: Axes, rows: Sequence[dict[str, Any]], x: str, styles: dict[tuple[str, str], Style], *, roof: bool
+    axes: Axes, rows: Sequence[dict[str, Any]], x: str, styles: dict[tuple[str, str], Style], value_of: Value
 ) -> None:
     """The lines of one panel, and at the end of Nybble's best one the fraction it reaches."""
     ends = []
     for pair, style in styles.items():
         own = [row for row in rows if (row["provider"], row["variant"]) == pair]
-        points = [(row["shape"][x], _percent(row) if roof else row["us"]) for row in own]
+        points = [(row["shape"][x], value_of(row)) for row in own]
         points = [(at, value) for at, value in points if value is not None]
         if not points:
             continue
@@ -345,13 +365,14 @@ def _fill(
         )
         if pair[0] == "nybble":
             ends.append(points[-1])
-    if not roof:
+    if value_of is _us:
         floors = sorted({row["shape"][x]: row["floor_us"] for row in rows if row["floor_us"]}.items())
         if floors:
             axes.plot(*zip(*floors, strict=True), label="floor", **FLOOR)
         return
-    axes.axhline(100, **FLOOR)
-    if ends:
+    if value_of is _percent:
+        axes.axhline(100, **FLOOR)
+    if ends and value_of is _percent:
         at, value = max(ends)
         axes.annotate(
             f"{value:.0f} %",
