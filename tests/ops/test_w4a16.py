@@ -513,6 +513,26 @@ def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pyte
     assert list(ready.maps) == [(inputs.x.data_ptr(), 40)]
 
 
+@pytest.mark.parametrize(("at_once", "k", "clusters"), [(4, 256, 4), (100, 256, 12), (5000, 4096, 64)])
+def test_stream_k_has_as_many_workers_as_there_is_work_for(
+    at_once: int, k: int, clusters: int, plans: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 tiles of rows, 2 of twice 128 features, of 2 or 32 units; flags for 64 clusters of 2 blocks of 2 x 4 warps."""
+    _pick(
+        monkeypatch, "gemm",
+        TILE_M=16, TEAMS=2, CLUSTER=2, WAYS=1, STREAM_K=1, AHEAD=2, SHARED=60000, GATHERED=0,
+    )  # fmt: skip
+    asked: list[int] = []
+    monkeypatch.setattr(Recorder, "clusters_at_once", lambda self: at_once)
+    monkeypatch.setattr(op.workspace, "FLAG_BYTES", 64 * 2 * 2 * 4 * 4)
+    monkeypatch.setattr(op.workspace, "address", lambda device, size: asked.append(size) or 7)
+    inputs = W4A16Case(40, 320, k, 64).make()
+    op._launch(inputs.x, inputs.weight, None, "auto")
+    ((grid, arguments, _),) = plans[0].launches
+    assert (grid, arguments[-2]) == ((2 * clusters, 1, 1), 7)
+    assert asked == [op.workspace.FLAG_BYTES + min(at_once, 64) * 2 * 128 * 16 * 4]
+
+
 def test_act_order_is_gathered_before_the_product(plans: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
     _pick(
         monkeypatch, "wgmma",

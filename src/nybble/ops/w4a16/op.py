@@ -357,7 +357,8 @@ def _launch(
                 maps.clear()
             encoded = maps[place] = plan.tensor_map(x, rows, share)
         plan.launch(
-            ((most if left else min(down * across, most)) * plan.cluster, 1, 1),
+            # With stream-K every worker must have a unit of 128 features: whoever adds waits for all before it.
+            (min(down * across * (-(-k // 128) if left else 1), most) * plan.cluster, 1, 1),
             encoded, qweight.data_ptr(), scales.data_ptr(), zeros, added,
             0 if residual is None else residual.data_ptr(), y.data_ptr(),
             workspace.address(device, left) if left else 0, rows, alone=alone,
@@ -475,6 +476,7 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
         tile_m, most = config["TILE_M"], plan.clusters_at_once()
         across, left = -(-spec.n // (features * wide)), 0
         if config["STREAM_K"]:
+            most = min(most, workspace.FLAG_BYTES // (16 * config["TEAMS"] * cluster))  # four flags a warpgroup
             left = workspace.FLAG_BYTES + most * cluster * features * tile_m * 4
         return Ready("gemm", plan, tile_m, across, most, tile_m // wide, left, gather, {}, {})
     return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, 0, gather, {}, {})
