@@ -17,6 +17,8 @@ from nybble.formats.tiles import PackedWeight
 from nybble.ops.case import ROUNDING, Case, Tensors, take
 from nybble.ops.norm.cases import TINY
 from nybble.ops.q4_0 import cost, op, reference
+from nybble.ops.w4a16 import cost as linear_cost
+from nybble.ops.w4a16 import op as linear
 from nybble.runtime.choice import Choice
 from nybble.runtime.errors import wrong_value
 from nybble.runtime.hardware import H200, Hardware
@@ -160,11 +162,18 @@ class Q4Case(Case):
         return Choice(found.pick, kept)
 
     def sources(self, hardware: Hardware) -> list[Source]:
-        """Of every kernel that can run it, those of the 4-bit linear left out: they are in its own gate."""
+        """Of every kernel that can run it; of the 4-bit linear's those that write fp32, which no case of its own has."""
         able = [c for c in cost.candidates(self.spec(), hardware) if not c.refused]
         found = [op.source(self.spec(), c) for c in able if c.variant in ("fused", "separate")]
         if any(c.variant == "separate" for c in able) and self.function == "q4_0_linear":
             found.append(op.quantize_source(self.dtype))
+        inner = cost.linear_spec(self.spec())
+        if any(c.variant == "w4a16" for c in able) and inner.out_dtype is not None:
+            found += [
+                linear.source(inner, c)
+                for c in linear_cost.candidates(inner, hardware)
+                if not c.refused and c.variant in ("wgmma", "gemm")
+            ]
         return found
 
     @property
