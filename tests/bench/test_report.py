@@ -57,6 +57,12 @@ def test_a_row_says_what_its_case_asked_for_beyond_the_shape():
     assert row["options"] == {"twice": True}
 
 
+def test_a_row_says_which_tile_the_kernel_had():
+    row = report.row(measurement(config=(("TILE_M", 16), ("STREAM_K", 1))), AT)
+    assert row["config"] == {"TILE_M": 16, "STREAM_K": 1}
+    assert list(row)[: len(report.KEYS)] == list(report.KEYS)
+
+
 def test_a_wrong_result_has_no_row():
     with pytest.raises(ValueError, match="relative error"):
         report.row(measurement(timing=None, wrong="relative error 3"), AT)

@@ -9,6 +9,7 @@ import torch
 from bench import fake_operation as fake
 
 from nybble.bench import peers, run
+from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.hardware import H200
 
 CPU = torch.device("cpu")
@@ -42,6 +43,15 @@ def test_a_right_result_is_timed(with_peers):
         assert m.timing.host_us is None
     assert measured["nybble", "reference"].picked
     assert not measured["right", "add"].picked
+
+
+def test_a_measurement_keeps_the_constants_of_its_kernel(with_peers, monkeypatch):
+    with_peers(fake.RIGHT)
+    chosen = Candidate("reference", (("TILE_M", 16),), 1.0)
+    monkeypatch.setattr(fake.FakeCase, "choice", lambda self, hardware, variant="auto": Choice(chosen, (chosen,)))
+    measured, _ = bench(fake.FakeCase())
+    assert measured["nybble", "reference"].config == (("TILE_M", 16),)
+    assert measured["right", "add"].config == ()
 
 
 @pytest.mark.parametrize("peer", [fake.WRONG, fake.NAN, fake.MISSHAPEN, fake.RAISES_LATER])

@@ -38,7 +38,8 @@ KEYS = (
     "when",
 )
 """The keys of every row, in their order. A row of a case that asks for more than shape and dtype (act-order, zero
-points, a bias) has the key ``options`` too, and one of a call no graph could hold ``how`` (``"events"``)."""
+points, a bias) has the key ``options`` too, one of a call no graph could hold ``how`` (``"events"``), and one of a
+kernel with constants that the choice set ``config``."""
 
 
 class Stamp(NamedTuple):
@@ -115,6 +116,8 @@ def row(measurement: Measurement, at: Stamp) -> dict[str, Any]:
     ordered = {key: values[key] for key in KEYS}
     if options(case):
         ordered["options"] = options(case)
+    if measurement.config:
+        ordered["config"] = dict(measurement.config)
     if timing.how == "events":
         ordered["how"] = timing.how
     return ordered

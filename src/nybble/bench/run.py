@@ -33,6 +33,7 @@ class Measurement:
         floor_us: the time below which nothing runs; ``None`` on a CPU.
         timing: ``None`` when the result was wrong or the timing failed.
         wrong: why it was not timed, ``""`` when it was.
+        config: of Nybble's kernel, the constants that the choice set, its tile among them.
     """
 
     case: Case
@@ -43,6 +44,7 @@ class Measurement:
     floor_us: float | None
     timing: Timing | None
     wrong: str = ""
+    config: tuple[tuple[str, Any], ...] = ()
 
 
 def label(case: Case) -> str:
@@ -133,6 +135,7 @@ def bench_case(
         inputs = case.make(device, seed=0)
         truth = case.truth(inputs)
         checked: list[Measurement | tuple[Measurement, Call]] = []
+        configs = _configs(case, hardware)
         for provider, variant, picked, call in _providers(case, inputs, hardware, peers, note):
             try:
                 got = case.readable(as_tuple(call.function(*call.arguments)))
@@ -142,7 +145,8 @@ def bench_case(
                 error = math.nan if wrong.startswith("outputs of shape") else relative_error(got, truth)
             except Exception as failure:
                 wrong, error = one_line(failure), math.nan
-            measurement = Measurement(case, provider, variant, picked, error, floor_us, None, wrong)
+            config = configs.get(variant, ()) if provider == "nybble" else ()
+            measurement = Measurement(case, provider, variant, picked, error, floor_us, None, wrong, config)
             checked.append(measurement if wrong else (measurement, call))
             got = None
         del truth
@@ -166,6 +170,14 @@ def bench_case(
         gc.collect()
         torch.cuda.empty_cache()
     return done
+
+
+def _configs(case: Case, hardware: Hardware | None) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """The constants of each variant's kernel."""
+    try:
+        return {candidate.variant: candidate.config for candidate in case.choice(hardware).candidates}
+    except UnsupportedError:
+        return {}
 
 
 def _timed(measurement: Measurement, timing: Timing | str) -> Measurement:

@@ -162,7 +162,7 @@ class Q4Case(Case):
         return Choice(found.pick, kept)
 
     def sources(self, hardware: Hardware) -> list[Source]:
-        """Of every kernel that can run it; of the 4-bit linear's those that write fp32, which no case of its own has."""
+        """Of every kernel that can run it; of the 4-bit linear's those that write fp32: its own cases have none."""
         able = [c for c in cost.candidates(self.spec(), hardware) if not c.refused]
         found = [op.source(self.spec(), c) for c in able if c.variant in ("fused", "separate")]
         if any(c.variant == "separate" for c in able) and self.function == "q4_0_linear":
