@@ -323,7 +323,7 @@ def _gemms(spec: Spec, hardware: Hardware) -> list[Candidate]:
     for us, config in found:
         reason = f"{config['TILE_M']} rows x {64 * config['TEAMS']} features a tile"
         parts = config["WAYS"] * config["SLICES"]
-        reason += f", K in {parts} parts" if parts > 1 else ""
+        reason += f", K in {parts} parts" if parts > 1 else ", shared by units of K" if config["STREAM_K"] else ""
         candidates.append(Candidate("gemm", tuple(config.items()), us, reason))
     return candidates
 

@@ -1,8 +1,8 @@
-// gemm: the 4-bit or 8-bit linear for many rows. Weights are unpacked into the tensor cores' registers a few steps ahead of them, x
-// streams past through the copy engine. Where the tiles of the result are too few for the GPU, K is split as well.
+// gemm: the 4-bit or 8-bit linear for many rows. Weights are unpacked into the tensor cores' registers a few steps ahead of
+// them, x streams past through the copy engine. Where the tiles of the result are too few for the GPU, K is split as well.
 //
 // Computes      y[m, n] = f(sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
-//               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is never rounded:
+//               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is not rounded:
 //               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it. Only
 //               where TILE_M is 256 scale * (q - zero) is rounded to X, as a model in 16 bits has it
 // Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, BITS / 4, 4,
@@ -17,15 +17,16 @@
 //               of a cluster have other features each, and fetch x for each other (WAYS = 1); or the same, and each a part of K
 //               (WAYS = CLUSTER). A warpgroup has 64 of the features, and every SLICES-th unit of 128 input features; one
 //               more warpgroup asks for the tiles. With STREAM_K clusters first share the tiles of the last turns evenly, by
-//               units: whoever has the end of a tile adds what those before it have left in the workspace
+//               units: whoever has the end of a tile adds what those before it have left in the workspace. So every cluster
+//               must have a unit: there are at most as many as units
 // Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
 //               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
-// Constants     BITS: 4, 8; X: half_t, bf16_t; Y: X or float; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a multiple of 128 or
-//               >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, from TILE_M 128 on up to 2; CLUSTER: 1,
-//               2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while the
-//               tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL,
-//               GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other
-//               warpgroup has features of up)
+// Constants     BITS: 4, 8; X: half_t, bf16_t; Y: X or float; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a
+//               multiple of 128 or >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, from TILE_M 128 on up to 2;
+//               CLUSTER: 1, 2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while
+//               the tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL,
+//               GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup
+//               has features of up)
 // Roof          the larger of N * K * BITS / 8 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "barrier.cuh"
