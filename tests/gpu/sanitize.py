@@ -1,7 +1,9 @@
 """One launch of every kind of specialisation, small, and checked: the program that compute-sanitizer watches.
 
 compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitize.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py w4a16 q4_0
+
+Operations named on the command line are the only ones that run; ``forms`` is every form of w4a16's gemm.cu.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from nybble.ops.flatquant.cases import FlatQuantCase
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.q4_0.cases import Q4Case
 from nybble.ops.w4a4.cases import W4A4Case
+from nybble.ops.w4a16 import cost, op
 from nybble.ops.w4a16.cases import W4A16Case
+from nybble.runtime.choice import Candidate
+from nybble.runtime.hardware import current
 
 FEW = ("stream", "wgmma")  # the second on Hopper
 CASES: tuple[tuple[Case, str], ...] = (
@@ -41,6 +46,7 @@ CASES: tuple[tuple[Case, str], ...] = (
     (W4A16Case(70, 384, 256, 64, activation="silu_mul", residual=True), "gemm"),
     *((W4A16Case(m, 12288, 512), "wgmma") for m in (1, 16, 32, 64)),  # several tiles a worker
     *((W4A16Case(m, 12288, 1024), "gemm") for m in (32, 64, 256)),
+    *((W4A16Case(m, 264, 520, 64, bits=8), v) for m in (1, 16, 61) for v in ("wgmma", "gemm")),
     *(
         (Q4Case(m, n, k), v)
         for m in (1, 9, 33, 70, 200)
@@ -71,14 +77,31 @@ def check_on_cpu(case: NormCase, variant: str) -> None:
         assert ((got.cpu().double() - want).abs() <= bound).all(), f"{case} {variant}"
 
 
+def check_forms() -> int:
+    """Each form of gemm.cu, with more tiles and parts of tiles than blocks, some of them ragged."""
+    card, count = current(), 0
+    for m, bits in ((13, 4), (61, 8), (200, 4)):
+        case = W4A16Case(m, 12296, 296, bits=bits)
+        inputs = case.make("cuda")
+        found = cost.gemm_shapes(case.spec(), card) if card else "no GPU"
+        for us, config in () if isinstance(found, str) else found:
+            with op.forced(case.spec(), Candidate("gemm", tuple(config.items()), us), {}):
+                check_case(case, "cuda", inputs=inputs)
+            count += 1
+    return count
+
+
 def main() -> None:
-    for case, variant in CASES:
+    chosen = set(sys.argv[1:]) or {"forms", *(case.op for case, _ in CASES)}
+    cases = [(case, variant) for case, variant in CASES if case.op in chosen]
+    for case, variant in cases:
         if isinstance(case, NormCase):
             check_on_cpu(case, variant)
         else:
             check_case(case, "cuda", variant=variant)
+    count = len(cases) + (check_forms() if "forms" in chosen else 0)
     torch.cuda.synchronize()
-    print(f"{len(CASES)} cases right")
+    print(f"{count} cases right")
 
 
 if __name__ == "__main__":
