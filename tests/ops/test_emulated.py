@@ -203,6 +203,11 @@ MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(40, 64, 1096), (64, 1, 1, 2, 1, 1), 2, 7),
     (W4A16Case(20, 512, 640, 32, activation="silu_mul"), (16, 2, 1, 1, 1, 1), 2, 3),
     (W4A16Case(130, 384, 256), (128, 1, 1, 1, 1, 1), 2, 5),
+    # One stage a tile, and several tiles: the ring, of the size that is chosen, must hold the next tile's as well.
+    (W4A16Case(40, 320, 128), (64, 1, 1, 1, 1, 0), 0, 1),
+    (W4A16Case(20, 384, 256), (32, 1, 2, 1, 1, 0), 0, 1),
+    (W4A16Case(150, 320, 128), (128, 1, 1, 2, 1, 0), 0, 1),
+    (W4A16Case(40, 320, 128), (64, 1, 1, 1, 1, 1), 0, 2),
 ]  # fmt: skip
 
 
@@ -211,7 +216,8 @@ def many(case: W4A16Case, form: cost.Form, ahead: int, clusters: int, splits: tu
     spec, inputs = case.spec()._replace(splits=splits), case.make()
     found = gemm_shapes(spec, H200, (form,))
     assert not isinstance(found, str), found
-    config, weight = found[0][1] | {"SHARED": 227 << 10, "AHEAD": ahead}, inputs.weight
+    config, weight = found[0][1] | {"SHARED": 227 << 10}, inputs.weight
+    config["AHEAD"] = ahead or config["AHEAD"]
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
     tile, teams, slices, cluster, ways, _ = form

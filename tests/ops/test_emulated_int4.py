@@ -124,6 +124,10 @@ MULTIPLIED: list[tuple[W4A4Case, cost.Form, int, int]] = [
     (W4A4Case(300, 200, 400, BRAIN, bias=True), (128, 2, 1, 2), 2, 2),
     (W4A4Case(300, 200, 512), (256, 2, 1, 2), 3, 1),
     (W4A4Case(257, 72, 272), (256, 1, 1, 1), 2, 2),
+    # One stage a tile, and several tiles: the ring, of the size that is chosen, must hold the next tile's as well.
+    (W4A4Case(40, 200, 128), (32, 1, 1, 1), 0, 1),
+    (W4A4Case(300, 264, 256), (64, 1, 2, 1), 0, 2),
+    (W4A4Case(300, 264, 128), (128, 1, 1, 2), 0, 1),
 ]
 
 
@@ -132,7 +136,7 @@ def test_w4a4(case: W4A4Case, form: cost.Form, ahead: int, clusters: int) -> Non
     spec, inputs = case.spec(), case.make()
     found = cost.shape(spec, H200, form)
     assert found is not None
-    config = found[1] | {"AHEAD": ahead, "SHARED": 227 << 10}
+    config = found[1] | {"AHEAD": ahead or found[1]["AHEAD"], "SHARED": 227 << 10}
     tile, teams, slices, cluster = form
     y = torch.full((case.m, case.n), float("nan"), dtype=case.dtype)
     emulate.launch(

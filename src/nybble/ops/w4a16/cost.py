@@ -266,9 +266,10 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     own, rows = tile // ways, {128: 32, 256: 8}.get(tile, 16)
     rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16
     stage = math.ceil(stage / 1024) * 1024
-    ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
+    fits = (hardware.shared_bytes - rest) // (stage + 16)
+    ahead = min(8, max(2, stages), fits)  # two at the least: the next tile's first while this one's last is read
     least = 2 if spec.bits == 8 and tile == 256 else 3  # all that fits beside 256 rows of x
-    if ahead < min(least, stages) or (ways - 1) * of_block >= units:
+    if ahead < min(least, max(2, stages)) or (ways - 1) * of_block >= units:
         return None
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
     turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * wide)) / at_once

@@ -54,6 +54,7 @@ constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // 
 // bf16 weights of 8 bits are smaller by as much as their scales are larger.
 constexpr float LARGER = FOLD && same<X, half_t> ? 64.0f : Weights::LARGER<X>;
 static_assert(!FOLD || (EARLY && SLICES == 1), "no sums of a unit that are not of the tile");
+static_assert(!EARLY || AHEAD > 1, "a stage is unpacked before the one before it has been read");
 static_assert(!STREAM_K || (SLICES == 1 && WAYS == 1), "K is shared in one way");
 constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
 constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;

@@ -53,8 +53,9 @@ def shape(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[str, 
     stages = math.ceil(units / slices)
     stage = slices * (tile * 128 + teams * 4096)
     rest = teams * min(tile, 64) * 128 + (slices - 1) * teams * tile * 256
-    ahead = min(8, stages, (hardware.shared_bytes - rest) // (stage + 16))
-    if ahead < min(3, stages) or stage % 1024:
+    fits = (hardware.shared_bytes - rest) // (stage + 16)
+    ahead = min(8, max(2, stages), fits)  # two at the least: the next tile's first while this one's last is read
+    if ahead < min(3, max(2, stages)) or stage % 1024:
         return None
     tiles = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * cluster))
     turns = math.ceil(tiles / (hardware.sms // cluster))

@@ -34,7 +34,7 @@ constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that 
 constexpr int SHARE_M = TILE_M / CLUSTER, TILES_N = (N + 64 * TEAMS * CLUSTER - 1) / (64 * TEAMS * CLUSTER);
 static_assert(WARPGROUPS <= (TILE_M >= 128 ? 2 : 4), "registers for more are not there");
 static_assert(SHARE_M % 8 == 0 && (CLUSTER == 1 || CLUSTER == 2), "parts of 8 rows");
-static_assert(CLUSTER == 1 || AHEAD <= STAGES, "a stage is waited for in the tile after it at the latest");
+static_assert(AHEAD > 1, "a stage is unpacked before the one before it has been read");
 constexpr int X_BYTES = TILE_M * 128, WEIGHT_BYTES = 4096;  // of a unit
 constexpr int STAGE = SLICES * X_BYTES + WARPGROUPS * WEIGHT_BYTES;
 constexpr int PRODUCER_REGISTERS = WARPGROUPS >= 3 ? 32 : WARPGROUPS == 2 && TILE_M > 64 ? 40 : 0;
@@ -142,20 +142,21 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         }
     };
     auto beyond = [&](int stage) { return UNITS % SLICES != 0 && stage * SLICES + slice >= UNITS; };  // only what was there before
-    if (worker < tiles) barrier_wait(filled, 0), unpack(0, 0, beyond(0));
+    const int all = (tiles - worker + workers - 1) / workers * STAGES;  // stages
+    int done = 0;
+    if (all > 0) barrier_wait(filled, 0), unpack(0, 0, beyond(0));
     for (int tile = worker; tile < tiles; tile += workers) {
         int total[TILE_M / 2];
 #pragma unroll 1
         for (int stage = 0; stage < STAGES; ++stage) {
             const int now = slot;
             const unsigned x_unit = x_rows + now * (STAGE / 16);
-            const bool last = stage + 1 == STAGES && tile + workers >= tiles;
+            const bool last = ++done == all;
             if (++slot == AHEAD) slot = 0, turn ^= 1;
             // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
-            auto release = [&](int slot_read, int stage_read) {
-                const bool awaited = tile + workers < tiles || stage_read + AHEAD < STAGES;
+            auto release = [&](int slot_read, int number) {
                 if (CLUSTER == 1 && lane == 0) barrier_arrive(used + slot_read);
-                if (CLUSTER > 1 && lane < CLUSTER && awaited) barrier_arrive(used + slot_read, lane);
+                if (CLUSTER > 1 && lane < CLUSTER && number + AHEAD <= all) barrier_arrive(used + slot_read, lane);
             };
             // A stage has been read when the next one's first products wait.
 #pragma unroll
@@ -167,7 +168,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 if (half == 1 && !last) barrier_wait(filled + slot, turn);
                 wgmma_wait<1>();
                 if (half == 0) {
-                    if (stage > 0) release((now == 0 ? AHEAD : now) - 1, stage - 1);
+                    if (stage > 0) release((now == 0 ? AHEAD : now) - 1, done - 1);
                     unpack(now * STAGE, 1, beyond(stage));
                 } else if (!last) {
                     unpack(slot * STAGE, 0, beyond(stage + 1 == STAGES ? 0 : stage + 1));
@@ -175,7 +176,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             }
             if (stage + 1 < STAGES) continue;
             wgmma_wait<0>();
-            release(now, stage);
+            release(now, done);
             arrived(total);
         }
 
