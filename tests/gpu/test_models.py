@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nybble
-from nybble.models.generate import generate_tokens, perplexity
+from nybble.models.generate import generate, perplexity
 from nybble.models.layers import W4A16Linear
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
@@ -44,7 +44,7 @@ def test_greedy_tokens_are_the_cpus_but_for_ties(folder: Path, dtype: torch.dtyp
     model = nybble.load(folder, device="cuda", dtype=dtype)
     assert any(isinstance(m, W4A16Linear) for m in model.modules())
     report = nybble.fuse(model) if fused else None
-    tokens = list(generate_tokens(model, PROMPT, max_new_tokens=80 if folder == DEMO else 16))
+    tokens = list(generate(model, PROMPT, max_new_tokens=80 if folder == DEMO else 16))
     exact = nybble.load(folder, device="cpu", dtype=torch.float32)
     logits = exact(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
     spread = float(logits.max() - logits.min())

@@ -37,12 +37,13 @@ def generate(
     """Continue a prompt. The text goes to stdout, the speed to stderr."""
     folder = model or named or assets()
     loaded, tokenizer = load_model(folder, device, dtype, hidden=json)
-    from nybble.models.generate import generate_tokens, stream_text
+    from nybble.models.generate import generate as continue_prompt
+    from nybble.models.generate import stream_text
 
     report = _fused(loaded) if fuse else None
     ids = tokenizer(prompt)["input_ids"] or [i for i in [tokenizer.bos_token_id] if i is not None]
     before = _warm_up(loaded, ids, max_tokens, report)
-    tokens = generate_tokens(
+    tokens = continue_prompt(
         loaded,
         ids,
         max_new_tokens=max_tokens,
@@ -90,11 +91,11 @@ def _warm_up(loaded: Any, ids: list[int], max_tokens: int, report: Report | None
         The fused calls this made, to be left out of the count.
     """
     if loaded.device.type == "cuda" and ids and max_tokens > 0:
-        from nybble.models.generate import generate_tokens
+        from nybble.models.generate import generate as continue_prompt
 
         console = stderr()
         with console.status("Compiling kernels (kept on disk)"):
-            for _ in generate_tokens(loaded, ids, max_new_tokens=min(2, max_tokens)):
+            for _ in continue_prompt(loaded, ids, max_new_tokens=min(2, max_tokens)):
                 pass
     return report.calls() if report is not None else {}
 
