@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import nybble
-from nybble.models.generate import generate, perplexity
+from nybble.models.generate import generate
 from nybble.models.layers import W4A16Linear
+from nybble.models.perplexity import perplexity
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
 DEMO = Path(nybble.__file__).parent / "assets" / "demo"

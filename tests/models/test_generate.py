@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import nybble
-from nybble.models.generate import generate, perplexity, stream_text
+from nybble.models.generate import generate, stream_text
+from nybble.models.perplexity import perplexity
 
 MakeModel = Callable[..., PreTrainedModel]
 KINDS = pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen2", "qwen3", "gpt2"])

@@ -204,7 +204,7 @@ class RingCache(Cache):
     """The cache of a model: a :class:`RingLayer` for each layer.
 
     Args:
-        layers: of the model.
+        layers: how many the model has.
         length: slots; without ``inv_freq`` that is how many tokens fit.
         sinks: of these, slots for the first tokens.
         inv_freq: float32, of the model's rotary embedding: tokens are evicted where it is given.
@@ -212,17 +212,18 @@ class RingCache(Cache):
 
     def __init__(self, layers: int, length: int, *, sinks: int = 0, inv_freq: Tensor | None = None) -> None:
         self.ring = Ring(sinks, length - sinks, None if inv_freq is None else inv_freq.detach().float().clone())
-        super().__init__(layers=[RingLayer(self.ring) for _ in range(layers)])
+        self.rings = [RingLayer(self.ring) for _ in range(layers)]
+        super().__init__(layers=list(self.rings))
 
     @property
     def tokens(self) -> int:
         """Tokens so far."""
-        return self.layers[0].get_seq_length()
+        return self.rings[0].tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys, values and sinks."""
-        made = [t for one in self.layers for t in (one.keys, one.values, *(getattr(one, "sunk", None) or ()))]
+        made = [t for layer in self.rings for t in (layer.keys, layer.values, *(layer.sunk or ()))]
         return sum(t.numel() * t.element_size() for t in made if t is not None)
 
     def reset(self) -> None:
@@ -268,8 +269,8 @@ class RingCache(Cache):
 
     def advance(self) -> None:
         """The host's side of a step that ran: one more token."""
-        for layer in self.layers:
-            layer.tokens += 1  # type: ignore[attr-defined]
+        for layer in self.rings:
+            layer.tokens += 1
         if self.ring.inv_freq is not None and self.tokens - self.ring.based >= max(REBASE_AT, 2 * self.ring.length):
             self.rebase()
 
@@ -277,8 +278,8 @@ class RingCache(Cache):
         """Let positions start again behind the sinks."""
         ring = self.ring
         evicted = max(0, self.tokens - ring.length)
-        for layer in self.layers:
-            layer.turn_back(evicted - ring.based)  # type: ignore[attr-defined]
+        for layer in self.rings:
+            layer.turn_back(evicted - ring.based)
         self._settle(self.tokens, evicted)
 
 

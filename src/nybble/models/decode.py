@@ -126,9 +126,10 @@ class Decoder:
             if draws is not None:
                 self.draws[: draws.shape[0]].copy_(draws)
             self.index.zero_()
-            for begin in range(0, ids.shape[1], piece):
-                part = ids[:, begin : begin + piece]
-                logits = self._logits(input_ids=part, past_key_values=self.cache)
+            *before, last = ids.split(piece, 1)
+            for part in before:
+                self._logits(input_ids=part, past_key_values=self.cache)
+            logits = self._logits(input_ids=last, past_key_values=self.cache)
             self.cache.settle()
             self._pick(logits)
 

@@ -170,6 +170,7 @@ class Plan:
         rms: whether its norms are RMSNorms.
         parallel: both branches of a layer read the same hidden states (GPT-NeoX).
         layers: one each. watched: what must be as it was for this plan to hold. norms: the parameters of each norm.
+        paused: whether every call takes the original forward.
     """
 
     kind: type[nn.Module]
@@ -179,6 +180,7 @@ class Plan:
     layers: list[Layer] = field(default_factory=list)
     watched: list[Watched] = field(default_factory=list)
     norms: list[dict[str, Any]] = field(default_factory=list)
+    paused: bool = False
 
     @property
     def family(self) -> Family:
@@ -669,6 +671,8 @@ def _needs_original(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Whether this call wants something that only the original forward gives."""
     plan: Plan = self.__dict__[PLAN]
     config = self.config
+    if plan.paused:
+        return True
     if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
         return True
     for key in ("output_hidden_states", "output_attentions"):

@@ -1,17 +1,16 @@
-"""Text out of a model, token by token and timed, and the perplexity of a text under it."""
+"""Text out of a model, token by token and timed."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from nybble.models.cache import RingCache
@@ -69,7 +68,7 @@ class TokenStream(Iterator[int]):
     Attributes:
         timing: what they took so far. Only the time spent here counts, not what the caller does between two tokens;
             with a graph the device works on the next token meanwhile.
-        stopped_by: ``"eos"`` or ``"length"`` once the tokens have ended, ``""`` before.
+        stopped_by: ``"eos"``, ``"length"`` or ``"closed"`` once the tokens have ended, ``""`` before.
         how: ``"graph"``, ``"static"`` or ``"dynamic"``: how tokens are decoded. why: what ruled a graph out.
     """
 
@@ -107,6 +106,11 @@ class TokenStream(Iterator[int]):
         if token in self._eos:
             self._stop("eos")
         return token
+
+    def close(self) -> None:
+        """End the text here."""
+        if not self.stopped_by:
+            self._stop("closed")
 
     def _stop(self, reason: str) -> None:
         self.stopped_by = reason
@@ -224,7 +228,7 @@ def generate(
         FloatingPointError: while iterating, when the logits are not finite.
     """
     op = "generate"
-    prompt = _ids(op, input_ids)[None].to(device_of(model))
+    prompt = ids_of(op, input_ids)[None].to(device_of(model))
     for name, value, low in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise wrong_type(op, name, "an int", type(value).__name__)
@@ -307,88 +311,7 @@ def stream_text(tokenizer: Any, tokens: Iterable[int], prompt: Sequence[int] = (
         yield rest
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text.
-
-    Attributes:
-        nll: sum of the tokens' negative log-likelihoods, in nats.
-        tokens: how many were scored: all but the first.
-        seconds: time in the model.
-    """
-
-    nll: float
-    tokens: int
-    seconds: float
-
-    @property
-    def ppl(self) -> float:
-        """``exp(nll / tokens)``."""
-        mean = self.nll / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
-
-
-def perplexity(
-    model: PreTrainedModel,
-    ids: Ids,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Perplexity:
-    """The perplexity of a token stream, by a window that slides over it.
-
-    Each token but the first is scored exactly once, with at least ``window - stride`` tokens before it where the
-    stream has them.
-
-    Args:
-        model: a causal language model, in eval mode.
-        ids: ``[tokens]`` or ``[1, tokens]``, at least two.
-        window: tokens the model sees at once; default what its positions allow, at most 2048.
-        stride: how far the window moves, 1 to ``window``; default half of it.
-        progress: called with (tokens scored, tokens to score) after every window.
-
-    Returns:
-        The sum of negative log-likelihoods, the number of tokens, the perplexity and the time.
-
-    Raises:
-        TypeError, ValueError: an argument.
-
-    Numerics: log-softmax in float32, the sum in float64.
-    """
-    op = "perplexity"
-    stream = _ids(op, ids)
-    if len(stream) < 2:
-        raise wrong_value(op, "ids", "at least 2 tokens", len(stream), "The first token has nothing to predict it.")
-    positions = getattr(model.config, "max_position_embeddings", None) or 2048
-    width = min(positions, 2048) if window is None else window
-    if not 1 <= width <= positions:
-        raise wrong_value(op, "window", f"1 to {positions}, the positions of the model", width)
-    step = max(1, width // 2) if stride is None else stride
-    if not 1 <= step <= width:
-        raise wrong_value(op, "stride", f"1 to window = {width}", step)
-
-    stream = stream.to(device_of(model))
-    total, done, nll = len(stream) - 1, 0, 0.0
-    started = now(stream.device)
-    with torch.inference_mode():
-        for begin in range(0, total, step):
-            end = min(begin + width, total)  # predicts tokens begin + 1 .. end
-            fresh = end - done
-            logits = model(input_ids=stream[None, begin:end], use_cache=False, logits_to_keep=fresh).logits[0]
-            targets = stream[done + 1 : end + 1]
-            # reduced in float64: thousands of float32 terms would lose digits
-            losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-            nll += float(losses.double().sum())
-            done = end
-            if progress:
-                progress(done, total)
-            if done == total:
-                break
-    return Perplexity(nll, total, time.perf_counter() - started)
-
-
-def _ids(op: str, ids: Ids) -> Tensor:
+def ids_of(op: str, ids: Ids) -> Tensor:
     """int64 ``[tokens]``."""
     tensor: Tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
     if tensor.dtype not in (torch.int64, torch.int32):

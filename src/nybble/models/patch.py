@@ -6,7 +6,8 @@ Only instances change: another model of the same class in the same process keeps
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -46,9 +47,21 @@ class Report:
     def calls(self) -> dict[str, int]:
         """How often each of Nybble's functions has run in this model since it was fused, by name.
 
-        Calls inside a graph that ``torch.compile`` made are not seen.
+        Calls inside a graph that ``torch.compile`` made are not seen; those of a CUDA graph count when it is captured.
         """
         return dict(self._counter)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, every call takes the model's original forward."""
+        plans = [m.__dict__[decoder.PLAN] for m in self._model.modules() if decoder.PLAN in m.__dict__]
+        for plan in plans:
+            plan.paused = True
+        try:
+            yield
+        finally:
+            for plan in plans:
+                plan.paused = False
 
     def undo(self) -> None:
         """Put the model back exactly: the original forwards, tensors of their own, no attribute left over.

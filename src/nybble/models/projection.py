@@ -25,7 +25,7 @@ SYMMETRIC = 0x88
 """Two zero points of 8, as ``qzeros`` holds them."""
 
 
-def join_refusal(modules: tuple[nn.Module, ...]) -> str | None:
+def join_refusal(modules: tuple[Any, ...]) -> str | None:
     """Why linear layers can't be computed as one, or ``None`` when they can."""
     first = modules[0]
     if type(first) not in (nn.Linear, W4A16Linear) or any(type(m) is not type(first) for m in modules):
@@ -112,9 +112,9 @@ class Joined:
             self._weight = PackedWeight(
                 qweight, scales, qzeros, perm, first.in_features, sum(self.widths), first.group_size
             )
-            for module in self.modules:
-                if module.perm is not None:
-                    module.perm.data = first.perm.data
+            for module in self.modules[1:]:
+                if perm is not None:
+                    module.perm.data = perm
         for module in self.modules:
             _forget(module)
 
@@ -162,7 +162,7 @@ class Projection:
         self.joined = Joined(modules) if join else None
         self.four_bit = isinstance(modules[0], W4A16Linear) and (len(modules) == 1 or join)
         self.activation = activation
-        self.planes = planes
+        self.planes: tuple[int, ...] = planes
 
     def split(self) -> None:
         """Undo the joining."""
@@ -205,8 +205,9 @@ class Projection:
             whole = self.joined.whole()
             if whole is not None:
                 return functional.linear(x, whole[0], whole[1]).split(self.joined.widths, -1)  # type: ignore[arg-type]
-        parts = tuple(module(x) for module in self.modules)
-        return parts if len(parts) > 1 else parts[0]
+        if len(self.modules) == 1:
+            return self.modules[0](x)
+        return tuple(module(x) for module in self.modules)
 
     def _one_by_one(self, x: Tensor, norm: Norm | None) -> Any:
         parts = tuple(run(x, m.packed(), m.bias, "auto", None, norm, "", 0, 0, WORDS) for m in self.modules)
