@@ -10,8 +10,8 @@ a product whose result is added to the hidden states. Where the two products are
 
 Where they are not, the products are PyTorch's, and the residual addition goes with the norm that follows it, in this
 layer or the next: ``normed, h = add_rmsnorm(branch, h)``, or ``add_layernorm``; GPT-NeoX with its parallel residual has
-``add_dual_layernorm(h, attn, mlp)``. Masks, rotary embedding, cache and attention are transformers' own functions,
-called as its forward calls them.
+``add_dual_layernorm(h, attn, mlp)``. Masks, cache and attention are transformers' own functions, called
+as its forward calls them; queries and keys are rotated together.
 """
 
 from __future__ import annotations
@@ -134,6 +134,25 @@ class Watched(NamedTuple):
     siblings: dict[str, nn.Module | None]
     name: str
     module: nn.Module
+
+
+class Pass(NamedTuple):
+    """What every layer of one forward is given.
+
+    Attributes:
+        masks: kind of layer -> the mask. kinds: of each layer, ``None`` where there is one kind.
+        arguments: as transformers' attention takes them.
+        turns: cosines and sines of the positions, ``[..., 1, rotary]``, the sines' first half negated; ``None``
+            without rotary embedding.
+    """
+
+    masks: dict[str, Any]
+    kinds: list[str] | None
+    arguments: dict[str, Any]
+    turns: tuple[Tensor, Tensor] | None
+
+    def mask(self, index: int) -> Any:
+        return self.masks["full_attention"] if self.kinds is None else self.masks[self.kinds[index]]
 
 
 @dataclass
@@ -440,7 +459,7 @@ def _forward(
         position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
     assert position_ids is not None
     hidden = inputs_embeds
-    arguments = kwargs
+    arguments, turns = kwargs, None
     if family.module is gpt2:
         hidden = self.drop(hidden + self.wpe(position_ids))
         if isinstance(attention_mask, Tensor) and attention_mask.ndim < 4:
@@ -448,7 +467,9 @@ def _forward(
     else:
         if family.module is gpt_neox:
             hidden = self.emb_dropout(hidden)
-        arguments["position_embeddings"] = self.rotary_emb(hidden, position_ids=position_ids)
+        cos, sin = arguments["position_embeddings"] = self.rotary_emb(hidden, position_ids=position_ids)
+        first, second = sin.chunk(2, -1)
+        turns = cos.unsqueeze(-2), torch.cat((-first, second), -1).unsqueeze(-2)
     masks = attention_mask
     if not isinstance(masks, dict):
         makers: dict[str, Any] = {"full_attention": create_causal_mask}
@@ -470,30 +491,25 @@ def _forward(
         "position_ids": position_ids,
     }
     kinds = getattr(config, "layer_types", None) if len(masks) > 1 else None
-    hidden = (_parallel if plan.parallel else _sequential)(self, plan, hidden, masks, kinds, arguments)
+    given = Pass(masks, kinds, arguments, turns)
+    hidden = (_parallel if plan.parallel else _sequential)(self, plan, hidden, given)
     kept = past_key_values if use_cache or family.module in (llama, gpt_neox) else None
     made = BaseModelOutputWithPastAndCrossAttentions if family.module is gpt2 else BaseModelOutputWithPast
     return made(last_hidden_state=hidden, past_key_values=kept)  # type: ignore[return-value, arg-type]
 
 
-def _mask(masks: dict[str, Any], kinds: list[str] | None, index: int) -> Any:
-    return masks["full_attention"] if kinds is None else masks[kinds[index]]
-
-
-def _sequential(
-    self: Any, plan: Plan, hidden: Tensor, masks: dict[str, Any], kinds: list[str] | None, arguments: dict[str, Any]
-) -> Tensor:
+def _sequential(self: Any, plan: Plan, hidden: Tensor, given: Pass) -> Tensor:
     calls = None if torch.compiler.is_compiling() else self.__dict__[COUNTER]
     residual_inside = "epilogue" not in plan.without
     pending: Tensor | None = None  # the result of the branch before, not yet added to hidden
     for index, layer in enumerate(plan.layers):
-        mask = _mask(masks, kinds, index)
+        mask = given.mask(index)
         if layer.qkv is None or layer.output is None:
             normed, hidden = _normed(plan, layer.norm1, hidden, pending, calls)
-            pending = layer.attn(hidden_states=normed, attention_mask=mask, **arguments)[0]
+            pending = layer.attn(hidden_states=normed, attention_mask=mask, **given.arguments)[0]
         else:
             projected, hidden = _enter(plan, layer.qkv, layer.norm1, hidden, pending, calls)
-            attended = _attend(plan, layer.attn, projected, mask, arguments, calls)
+            attended = _attend(plan, layer.attn, projected, mask, given, calls)
             hidden, pending = _leave(layer.output, attended, hidden, calls, inside=residual_inside)
         if layer.up is None or layer.down is None:
             normed, hidden = _normed(plan, layer.norm2, hidden, pending, calls)
@@ -506,13 +522,11 @@ def _sequential(
     return _normed(plan, final, hidden, pending, calls)[0]
 
 
-def _parallel(
-    self: Any, plan: Plan, hidden: Tensor, masks: dict[str, Any], kinds: list[str] | None, arguments: dict[str, Any]
-) -> Tensor:
+def _parallel(self: Any, plan: Plan, hidden: Tensor, given: Pass) -> Tensor:
     calls = None if torch.compiler.is_compiling() else self.__dict__[COUNTER]
     attn = mlp = None  # of the layer before, not yet added to hidden
     for layer in plan.layers:
-        mask = _mask(masks, kinds, 0)
+        mask = given.mask(0)
         if _inside(layer.qkv, plan) and _inside(layer.up, plan):
             if attn is not None and mlp is not None:
                 hidden, attn, mlp = hidden + (mlp + attn), None, None
@@ -520,7 +534,7 @@ def _parallel(
             assert layer.down is not None
             projected = layer.qkv(hidden, calls, norm=_as_norm(layer.norm1))
             activated = _activate(layer, layer.up(hidden, calls, norm=_as_norm(layer.norm2)))
-            attended = _attend(plan, layer.attn, projected, mask, arguments, calls)
+            attended = _attend(plan, layer.attn, projected, mask, given, calls)
             if layer.output.four_bit and layer.down.four_bit and "epilogue" not in plan.without:
                 hidden = layer.output(attended, calls, residual=hidden)
                 hidden = layer.down(activated, calls, residual=hidden)
@@ -541,9 +555,9 @@ def _parallel(
                 hidden, attn, mlp, norm1.weight, norm1.bias, norm2.weight, norm2.bias, norm1.eps
             )
         if layer.qkv is None or layer.output is None:
-            attn = layer.attn(hidden_states=for_attn, attention_mask=mask, **arguments)[0]
+            attn = layer.attn(hidden_states=for_attn, attention_mask=mask, **given.arguments)[0]
         else:
-            attn = layer.output(_attend(plan, layer.attn, layer.qkv(for_attn, calls), mask, arguments, calls), calls)
+            attn = layer.output(_attend(plan, layer.attn, layer.qkv(for_attn, calls), mask, given, calls), calls)
         if layer.up is None or layer.down is None:
             mlp = layer.mlp(for_mlp)
         else:
@@ -618,41 +632,54 @@ def _activate(layer: Layer, projected: Any) -> Tensor:
     return layer.mlp.act_fn(gate) * other
 
 
-def _attend(
-    plan: Plan, attn: Any, projected: Any, mask: Any, arguments: dict[str, Any], calls: Counter[str] | None
-) -> Tensor:
+def _attend(plan: Plan, attn: Any, projected: Any, mask: Any, given: Pass, calls: Counter[str] | None) -> Tensor:
     """Attention between its projections, as the family's own forward computes it: ``[..., heads * head_dim]``."""
-    module = plan.family.module
+    module, rest = plan.family.module, dict(given.arguments)
+    cache = rest.pop("layer_past" if module is gpt_neox else "past_key_values")
+    rest.pop("position_embeddings", None)
+    lead = (projected if isinstance(projected, Tensor) else projected[0]).shape[:-1]
     if module is gpt_neox:
-        return _attend_neox(attn, projected, mask, **arguments)
-    q, k, v = projected
-    lead = q.shape[:-1]
+        qkv = projected.view(*lead, -1, 3, attn.head_size)
+        assert given.turns is not None
+        cos, sin = given.turns
+        turned = qkv[..., :2, : cos.shape[-1]]  # queries and keys at once, in place
+        turned.copy_(_turn(turned, (cos.unsqueeze(-2), sin.unsqueeze(-2))))
+        q, k, v = qkv.unbind(-2)
+    else:
+        q, k, v = _heads(module, attn, projected, lead, given.turns, calls)
+    if module in (qwen2, qwen3):
+        rest["sliding_window"] = attn.sliding_window
+    return _weigh(module, attn, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache, mask, rest, lead)
+
+
+def _heads(
+    module: Any, attn: Any, projected: Any, lead: Any, turns: tuple[Tensor, Tensor] | None, calls: Counter[str] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[..., heads, head_dim]``, normed and rotated where the family does that."""
     shape = (*lead, -1, attn.head_dim)
-    q, k, v = q.view(shape), k.view(shape), v.view(shape)
+    if isinstance(projected, Tensor):
+        every = projected.view(shape)
+        groups = 1 if module is gpt2 else attn.num_key_value_groups
+        keys = every.shape[-2] // (groups + 2)
+        if turns is not None and module is not qwen3:  # queries and keys lie side by side: one rotation
+            v = every[..., -keys:, :]
+            q, k = _turn(every[..., :-keys, :], turns).split((groups * keys, keys), -2)
+            return q, k, v
+        q, k, v = every.split((groups * keys, keys, keys), -2)
+    else:
+        q, k, v = (part.view(shape) for part in projected)
     if module is qwen3:
         _count(calls, "rmsnorm")
         q = rmsnorm(q, attn.q_norm.weight, attn.q_norm.variance_epsilon)
         _count(calls, "rmsnorm")
         k = rmsnorm(k, attn.k_norm.weight, attn.k_norm.variance_epsilon)
-    rest = dict(arguments)
-    cache = rest.pop("past_key_values")
-    rotary = rest.pop("position_embeddings", None)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if rotary is not None:
-        q, k = module.apply_rotary_pos_emb(q, k, *rotary)
-    if module in (qwen2, qwen3):
-        rest["sliding_window"] = attn.sliding_window
-    return _weigh(module, attn, q, k, v, cache, mask, rest, lead)
+    return (q, k, v) if turns is None else (_turn(q, turns), _turn(k, turns), v)
 
 
-def _attend_neox(
-    attn: Any, projected: Tensor, mask: Any, *, layer_past: Any, position_embeddings: Any, **rest: Any
-) -> Tensor:
-    lead = projected.shape[:-1]
-    qkv = projected.view(*lead, -1, 3 * attn.head_size).transpose(1, 2)
-    q, k, v = qkv.chunk(3, dim=-1)
-    q, k = gpt_neox.apply_rotary_pos_emb(q, k, *position_embeddings)
-    return _weigh(gpt_neox, attn, q, k, v, layer_past, mask, rest, lead)
+def _turn(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of ``[..., heads, rotary]`` in three kernels; transformers' own takes five."""
+    cos, sin = turns
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _weigh(

@@ -172,7 +172,8 @@ class Projection:
     def __call__(
         self, x: Tensor, calls: Counter[str] | None, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Any:
-        """The product of ``x``; a tuple of tensors where there are several layers or planes.
+        """The product of ``x``: one tensor, or a tuple where several layers are computed one by one and where the
+        parts of a 4-bit product are planes, one behind the other.
 
         Args:
             x: ``[..., K]``.
@@ -194,6 +195,8 @@ class Projection:
             return run(x, weight, bias, "auto", residual, norm, self.activation, 0, 0, WORDS)  # type: ignore[arg-type]
         q, k, v = self.planes
         y = run(x, weight, bias, "auto", residual, norm, "", q, q + k, WORDS)  # type: ignore[arg-type]
+        if x.numel() == x.shape[-1]:  # of one row the planes are that row
+            return y.view(*x.shape[:-1], q + k + v)
         if y.dim() > 1:  # three of one width come as [3, ..., width]
             return tuple(y.unbind(0))
         lead, rows = x.shape[:-1], x.numel() // x.shape[-1]
@@ -204,7 +207,7 @@ class Projection:
         if self.joined is not None:
             whole = self.joined.whole()
             if whole is not None:
-                return functional.linear(x, whole[0], whole[1]).split(self.joined.widths, -1)  # type: ignore[arg-type]
+                return functional.linear(x, whole[0], whole[1])  # type: ignore[arg-type]
         if len(self.modules) == 1:
             return self.modules[0](x)
         return tuple(module(x) for module in self.modules)
