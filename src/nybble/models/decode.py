@@ -101,11 +101,11 @@ class Decoder:
             self.tokens = torch.zeros(capacity, batch, dtype=torch.int64, device=device)
             self.best = torch.zeros(capacity, batch, dtype=torch.float32, device=device)
             self.draws = torch.zeros(capacity, batch, dtype=torch.float32, device=device)
+            self._zero = torch.zeros((), dtype=model.dtype, device=device)
+            self._least = torch.full_like(self._zero, torch.finfo(model.dtype).min)
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.key: tuple[Any, ...] = ()
-        implementation = model.config._attn_implementation
-        self._additive = None if implementation == "sdpa" else model.dtype
 
     @property
     def model(self) -> PreTrainedModel:
@@ -191,12 +191,12 @@ class Decoder:
     def _step(self) -> None:
         """What a graph holds: tensor operations, no look at a value."""
         positions, used = self.cache.begin_step()
-        if self._additive is not None:
-            used = torch.where(used, 0.0, torch.finfo(self._additive).min).to(self._additive)
+        # Of a mask that is added; one of booleans would be made into that in every layer.
+        mask = torch.where(used, self._zero, self._least)
         logits = self._logits(
             input_ids=self.token,
             position_ids=positions.expand(self.batch, 1),
-            attention_mask=used.expand(self.batch, 1, 1, -1),
+            attention_mask=mask.expand(self.batch, 1, 1, -1),
             past_key_values=self.cache,
         )
         self._pick(logits)
