@@ -84,8 +84,8 @@ if TYPE_CHECKING:
     from nybble.models.generate import generate
     from nybble.models.load import load
     from nybble.models.patch import Report, fuse
-    from nybble.ops.flatquant.op import dequantize_int4, flatquant_dynamic_quantize, get_decompose_dim
     from nybble.models.streaming import StreamingCache
+    from nybble.ops.flatquant.op import dequantize_int4, flatquant_dynamic_quantize, get_decompose_dim
     from nybble.ops.ln_qkv.op import fused_ln_qkv_gptq, ln_qkv, release_packed
     from nybble.ops.norm.op import (
         add_dual_layernorm,

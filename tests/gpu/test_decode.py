@@ -10,6 +10,7 @@ import torch
 
 import nybble
 from nybble.bench import decode as bench
+from nybble.models import flatquant
 from nybble.models.cache import RingCache
 from nybble.models.decode import Decoder, Sampling, release_decoders
 from nybble.models.streaming import StreamingCache
@@ -76,6 +77,53 @@ def test_four_layers_of_a_true_shape(shape: str, dtype: torch.dtype, batch: int)
     for got in (plain, eager, fused):
         assert float((got.float() - whole).abs().max()) <= bound
     assert report.calls()["w4a16_linear"] > 0
+
+
+def test_graphs_leave_each_other_s_sums_alone() -> None:
+    """Products of so many rows leave sums in a workspace: each capture has its own, a call that of its stream."""
+    model = bench.random_model("llama3-8b", device=CUDA, dtype=torch.float16, layers=2)
+    nybble.fuse(model)
+    draw = torch.Generator().manual_seed(2)
+    texts = [torch.randint(1, 50000, (batch, 12), generator=draw).cuda() for batch in (96, 64, 96)]
+    alone = [logits_of(model, ids, 4, graph=False) for ids in texts]
+    decoders = []
+    for ids in texts:
+        decoder = Decoder(model, RingCache(2, 128), batch=ids.shape[0], capacity=128, sampling=Sampling())
+        decoder.prefill(ids[:, :4])
+        decoder.capture()
+        decoders.append(decoder)
+    streams = [torch.cuda.Stream() for _ in texts]
+    torch.cuda.synchronize()
+    for i in range(4, 12):
+        for decoder, ids, stream in zip(decoders, texts, streams, strict=True):
+            with torch.cuda.stream(stream):  # side by side
+                decoder.feed(ids[:, i])
+                decoder.step()
+        eager = model(texts[0]).logits
+        assert bool(eager.isfinite().all())
+        torch.cuda.synchronize()
+        for decoder, expected in zip(decoders, alone, strict=True):
+            assert decoder.logits is not None and torch.equal(decoder.logits, expected[:, i - 3])
+
+
+def test_int4_activations_in_a_graph(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+    plain = bench.random_model(
+        "llama3-8b", device=CUDA, dtype=torch.float16, layers=2, bits=16, vocab_size=500, **sizes
+    )
+    plain.save_pretrained(tmp_path / "plain")
+    tensors, quantization = flatquant.convert(nybble.load(tmp_path / "plain", device="cpu"))
+    flatquant.write(tmp_path / "plain", tmp_path / "int4", tensors, quantization, torch.float16)
+    model = nybble.load(tmp_path / "int4", device="cuda")
+    ids = torch.randint(1, 500, (4, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    apart = nybble.fuse(model, without=("qkv", "gate_up"))
+    with torch.inference_mode():
+        expected = logits_of(model, ids, 24, graph=False)
+        apart.undo()
+        report = nybble.fuse(model)
+        eager, graph = (logits_of(model, ids, 24, graph=graph) for graph in (False, True))
+    assert torch.equal(eager, expected) and torch.equal(graph, expected)
+    assert report.calls()["w4a4_linear"] > 0
 
 
 @pytest.mark.parametrize("without", [(name,) for name in (*bench.FUSIONS,)] + [tuple(bench.FUSIONS)], ids=str)

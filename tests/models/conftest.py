@@ -83,8 +83,17 @@ WIDE["qwen2"] = WIDE["llama"]
 WIDE["qwen3"] = {**WIDE["llama"], "head_dim": 32}
 
 
-def quantise(model: PreTrainedModel, *, zeros: bool = False, act_order: bool = False, group_size: int = 32) -> None:
-    """Replace every linear layer but the head by a 4-bit one with random values, at the scale of its weights."""
+def quantise(
+    model: PreTrainedModel,
+    *,
+    zeros: bool | str = False,
+    act_order: bool = False,
+    group_size: int = 32,
+    bits: int = 4,
+) -> None:
+    """Replace every linear layer but the head by a packed one with random values, at the scale of its weights.
+
+    ``zeros``: points that are not in the middle; a string, but in layers whose name ends so."""
     from nybble.formats.grouped import QuantizedWeight
     from nybble.formats.tiles import PackedWeight
     from nybble.models.layers import W4A16Linear
@@ -96,17 +105,19 @@ def quantise(model: PreTrainedModel, *, zeros: bool = False, act_order: bool = F
             continue
         k, n = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
         groups = k // group_size
-        q = torch.randint(16, (k, n), generator=generator, dtype=torch.uint8)
-        points = torch.full((groups, n), 8, dtype=torch.uint8)
-        if zeros:
-            points = torch.randint(5, 11, (groups, n), generator=generator, dtype=torch.uint8)
-        scales = (torch.rand(groups, n, generator=generator) + 0.5) * 0.2 * k**-0.5
+        levels = 1 << bits
+        q = torch.randint(levels, (k, n), generator=generator, dtype=torch.uint8)
+        points = torch.full((groups, n), levels // 2, dtype=torch.uint8)
+        if zeros and not (isinstance(zeros, str) and name.endswith(zeros)):
+            low, high = levels * 5 // 16, levels * 11 // 16
+            points = torch.randint(low, high, (groups, n), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(groups, n, generator=generator) + 0.5) * 3.2 / levels * k**-0.5
         g_idx = None
         if act_order:
             if k not in orders:
                 orders[k] = torch.randperm(k, generator=generator, dtype=torch.int64).to(torch.int32) // group_size
             g_idx = orders[k]
-        weight = PackedWeight.from_quantized(QuantizedWeight(q, points, scales, group_size, g_idx))
+        weight = PackedWeight.from_quantized(QuantizedWeight(q, points, scales, group_size, g_idx, bits))
         model.set_submodule(name, W4A16Linear(weight, module.bias).eval())
 
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from models import gguf_files
+from models.conftest import WIDE
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXModel
 
 import nybble
+from nybble.models import flatquant
+from nybble.models.flatquant import FlatQuantLinear
 
 MakeModel = Callable[..., PreTrainedModel]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
@@ -355,6 +359,110 @@ def test_a_quantised_checkpoint() -> None:
     report = nybble.fuse(model)
     close(model(ids).logits, expected)
     assert report.calls() == {"w4a16_linear": 4 * model.config.num_hidden_layers, "layernorm": 1}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("without_points", ["k_proj", "up_proj"])
+def test_zero_points_that_some_layers_leave_out(
+    make_packed: MakeModel, ids: torch.Tensor, bits: int, without_points: str
+) -> None:
+    model = make_packed("llama", {"zeros": without_points, "bits": bits})
+    assert model.get_submodule(f"model.layers.0.{AT[without_points]}").qzeros is None
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    close(model(ids).logits, expected)
+    assert report.calls() == calls_of("llama", 2, packed=True) and report.refused == []
+
+
+def test_layers_of_4_and_8_bits_are_not_joined(make_packed: MakeModel, ids: torch.Tensor) -> None:
+    model, other = make_packed("llama"), make_packed("llama", {"bits": 8})
+    model.set_submodule("model.layers.0.mlp.up_proj", other.get_submodule("model.layers.0.mlp.up_proj"))
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    assert report.refused == [("model.layers.0.mlp.{gate_proj,up_proj}", "not one product: they differ in their bits")]
+    close(model(ids).logits, expected)
+
+
+AT = {"k_proj": "self_attn.k_proj", "up_proj": "mlp.up_proj"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_gguf_file(make_model: MakeModel, ids: torch.Tensor, tmp_path: Path, kind: str) -> None:
+    gguf_files.write(tmp_path / "m.gguf", make_model(kind, **WIDE[kind]))
+    model = nybble.load(tmp_path / "m.gguf", device="cpu")
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    close(model(ids).logits, expected)
+    assert report.calls() == calls_of(kind, 2, packed=True) and report.refused == []
+
+
+def int4(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with int4 weights and activations."""
+    model.save_pretrained(folder / "plain")
+    tensors, quantization = flatquant.convert(nybble.load(folder / "plain", device="cpu"), dtype=torch.float32)
+    flatquant.write(folder / "plain", folder / "packed", tensors, quantization, torch.float32)
+    return nybble.load(folder / "packed", device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+def test_int4_activations(
+    make_model: MakeModel, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = int4(make_model(kind, **WIDE[kind]), tmp_path)
+    plain = model(ids).logits
+    apart = nybble.fuse(model, without=("qkv", "gate_up"))
+    expected, calls = model(ids).logits, apart.calls()
+    apart.undo()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    size, scales = bytes_of(model), [m._scales.clone() for m in model.modules() if isinstance(m, FlatQuantLinear)]
+    launches = []
+    quantize = flatquant.flatquant_dynamic_quantize
+    monkeypatch.setattr(flatquant, "flatquant_dynamic_quantize", lambda *a: launches.append(1) or quantize(*a))
+    report = nybble.fuse(model)
+    got = model(ids).logits
+    # The same norms, so the same integers, whose products are exact.
+    assert torch.equal(got, expected)
+    # An activation that lies between two integers may fall to the other side where the norm rounds otherwise.
+    assert torch.corrcoef(torch.stack((got.flatten(), plain.flatten())))[0, 1] > 0.99
+    layers = model.config.num_hidden_layers
+    assert len(launches) == 4 * layers and report.refused == []
+    if kind in ("llama", "qwen2", "qwen3"):
+        assert calls["w4a4_linear"] == 7 * layers and report.calls()["w4a4_linear"] == 4 * layers
+        attn = model.get_submodule("model.layers.0.self_attn")
+        layers_of = [attn.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        assert len({m.get_parameter("qweight").untyped_storage().data_ptr() for m in layers_of}) == 1
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(ids).logits, got)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, plain)
+    assert bytes_of(model) == size
+    report.undo()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    after = [m._scales for m in model.modules() if isinstance(m, FlatQuantLinear)]
+    assert all(torch.equal(a, b) for a, b in zip(after, scales, strict=True))
+    assert len({t.untyped_storage().data_ptr() for t in after}) == len(after) and bytes_of(model) == size
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_int4_layers_that_share_no_transform_or_ratio(make_model: MakeModel, ids: torch.Tensor, tmp_path: Path) -> None:
+    model = int4(make_model("llama", **WIDE["llama"]), tmp_path)
+    first, second = (model.get_submodule(f"model.layers.{i}.self_attn.k_proj") for i in range(2))
+    assert isinstance(first, FlatQuantLinear) and isinstance(second, FlatQuantLinear)
+    own = copy.deepcopy(first.transform)
+    own.users, own.ratios = 0, []
+    model.set_submodule("model.layers.0.self_attn.k_proj", FlatQuantLinear(first.packed(), own))
+    other = FlatQuantLinear(second.packed(), second.transform, 0.9)
+    second.transform.users -= 1
+    model.set_submodule("model.layers.1.self_attn.k_proj", other.eval())
+    model.eval()
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    assert [why for _, why in report.refused] == [
+        "not one product: they do not share a transform",
+        "not one product: they differ in their clip ratio",
+    ]
+    got = model(ids).logits
+    assert torch.corrcoef(torch.stack((got.flatten(), expected.flatten())))[0, 1] > 0.99
 
 
 # ----------------------------------------------------------------------------------------------------- all the families

@@ -8,10 +8,10 @@ a product whose result is added to the hidden states. Where the two products are
     f = w4a16_linear(h, Wup, norm, activation)            norm, projection (gate and up as one), activation, one launch
     h = w4a16_linear(f, Wdown, residual=h)
 
-Where they are not, the products are PyTorch's, and the residual addition goes with the norm that follows it, in this
-layer or the next: ``normed, h = add_rmsnorm(branch, h)``, or ``add_layernorm``; GPT-NeoX with its parallel residual has
-``add_dual_layernorm(h, attn, mlp)``. Masks, cache and attention are transformers' own functions, called
-as its forward calls them; queries and keys are rotated together.
+Where they are not, the products are PyTorch's or those of int4 activations, and the residual addition goes with the
+norm that follows it, in this layer or the next: ``normed, h = add_rmsnorm(branch, h)``, or ``add_layernorm``; GPT-NeoX
+with its parallel residual has ``add_dual_layernorm(h, attn, mlp)``. Masks, cache and attention are transformers' own
+functions, called as its forward calls them; queries and keys are rotated together.
 """
 
 from __future__ import annotations
@@ -363,18 +363,18 @@ def _plan_layer(layer: Any, config: Any, plan: Plan) -> tuple[Layer, Entries]:
 
 def _adds_itself(layer: Layer, plan: Plan) -> bool:
     """Whether the MLP of this layer leaves hidden states to which its result is added already."""
-    if plan.parallel and not (_inside(layer.qkv, plan) and _inside(layer.up, plan) and _four_bit(layer.output)):
+    if plan.parallel and not (_inside(layer.qkv, plan) and _inside(layer.up, plan) and _packed(layer.output)):
         return False
-    return _four_bit(layer.down) and "epilogue" not in plan.without
+    return _packed(layer.down) and "epilogue" not in plan.without
 
 
-def _four_bit(projection: Projection | None) -> bool:
-    return projection is not None and projection.four_bit
+def _packed(projection: Projection | None) -> bool:
+    return projection is not None and projection.packed
 
 
 def _inside(projection: Projection | None, plan: Plan) -> bool:
     """Whether a norm goes inside this product."""
-    return _four_bit(projection) and "prologue" not in plan.without
+    return _packed(projection) and "prologue" not in plan.without
 
 
 def _describe(layer: Layer, plan: Plan, *, first: bool) -> str:
@@ -393,7 +393,7 @@ def _describe(layer: Layer, plan: Plan, *, first: bool) -> str:
     else:
         outside = [not _inside(layer.qkv, plan), not _inside(layer.up, plan)]
         inside = "epilogue" not in plan.without
-        adds = [carried and not (_four_bit(p) and inside) for p in (layer.down, layer.output)]
+        adds = [carried and not (_packed(p) and inside) for p in (layer.down, layer.output)]
         if all(outside) and all(adds):
             one = f"{alone} of the embedding, then {added}"
             said.append(one if first else f"{added}, twice: each residual addition with the norm after it")
@@ -409,7 +409,7 @@ def _describe(layer: Layer, plan: Plan, *, first: bool) -> str:
         parts += ["as one"] if projection.joined is not None else []
         parts += ["with its norm"] if before and _inside(projection, plan) else []
         parts += [f"with {projection.activation}"] if projection.activation else []
-        added_inside = last and projection.four_bit and "epilogue" not in plan.without
+        added_inside = last and projection.packed and "epilogue" not in plan.without
         parts += ["with the residual"] if added_inside and (not plan.parallel or _adds_itself(layer, plan)) else []
         if len(parts) > 1:
             pieces.append(" ".join(parts))
@@ -535,7 +535,7 @@ def _parallel(self: Any, plan: Plan, hidden: Tensor, given: Pass) -> Tensor:
             projected = layer.qkv(hidden, calls, norm=_as_norm(layer.norm1))
             activated = _activate(layer, layer.up(hidden, calls, norm=_as_norm(layer.norm2)))
             attended = _attend(plan, layer.attn, projected, mask, given, calls)
-            if layer.output.four_bit and layer.down.four_bit and "epilogue" not in plan.without:
+            if layer.output.packed and layer.down.packed and "epilogue" not in plan.without:
                 hidden = layer.output(attended, calls, residual=hidden)
                 hidden = layer.down(activated, calls, residual=hidden)
             else:
@@ -615,7 +615,7 @@ def _leave(
     projection: Projection, x: Tensor, hidden: Tensor, calls: Counter[str] | None, *, inside: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A branch's last product: added to the hidden states, or pending."""
-    if inside and projection.four_bit:
+    if inside and projection.packed:
         return projection(x, calls, residual=hidden), None
     return hidden, projection(x, calls)
 

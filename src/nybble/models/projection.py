@@ -1,4 +1,4 @@
-"""Linear layers as the fused forward calls them: several that read the same input as one product, 4-bit ones with what
+"""Linear layers as the fused forward calls them: several that read the same input as one product, packed ones with what
 goes around the product inside it."""
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from nybble.formats.channels import ChannelWeight
 from nybble.formats.tiles import TILE, PackedWeight
+from nybble.models.flatquant import FlatQuantLinear
 from nybble.models.layers import W4A16Linear
+from nybble.ops.w4a4.op import w4a4_linear
 from nybble.ops.w4a16.op import WORDS, Norm, run
 
-KINDS = (nn.Linear, Conv1D, W4A16Linear)
+KINDS = (nn.Linear, Conv1D, W4A16Linear, FlatQuantLinear)
 """The linear layers that are understood; a subclass may compute something else."""
 
 FIELDS = ("qweight", "scales", "qzeros")
 """Tensors of a packed weight whose first dimension counts blocks of output features."""
 
-SYMMETRIC = 0x88
-"""Two zero points of 8, as ``qzeros`` holds them."""
+SYMMETRIC = {4: 0x88, 8: 0x80}
+"""Bits of a weight -> a byte of ``qzeros`` that says what leaving them out says: two points of 8, or one of 128."""
+
+Weight = Tensor | PackedWeight | ChannelWeight
 
 
 def join_refusal(modules: tuple[Any, ...]) -> str | None:
     """Why linear layers can't be computed as one, or ``None`` when they can."""
     first = modules[0]
-    if type(first) not in (nn.Linear, W4A16Linear) or any(type(m) is not type(first) for m in modules):
+    if type(first) not in (nn.Linear, W4A16Linear, FlatQuantLinear) or any(type(m) is not type(first) for m in modules):
         return f"they are {', '.join(dict.fromkeys(type(m).__name__ for m in modules))}"
     if any(m.in_features != first.in_features for m in modules):
         return "they differ in their input features"
@@ -43,10 +48,16 @@ def join_refusal(modules: tuple[Any, ...]) -> str | None:
             return f"they differ in the dtype or device of {name}"
     if isinstance(first, nn.Linear):
         return None
-    if any(m.group_size != first.group_size for m in modules):
-        return "they differ in their group size"
     if any(m.out_features % TILE for m in modules[:-1]):
         return f"the packed layout joins multiples of {TILE} output features"
+    if isinstance(first, FlatQuantLinear):
+        if any(m.transform is not first.transform for m in modules):
+            return "they do not share a transform"
+        return None if all(m.clip_ratio == first.clip_ratio for m in modules) else "they differ in their clip ratio"
+    if any(m.group_size != first.group_size for m in modules):
+        return "they differ in their group size"
+    if any(m.bits != first.bits for m in modules):
+        return "they differ in their bits"
     orders = [p["perm"] for p in own]
     if any((o is None) is not (orders[0] is None) for o in orders):
         return "only some are in act-order"
@@ -69,7 +80,7 @@ class Joined:
     def __init__(self, modules: tuple[Any, ...]) -> None:
         self.modules = modules
         self.widths = [m.out_features for m in modules]
-        self._weight: Tensor | PackedWeight | None = None
+        self._weight: Weight | None = None
         self._bias: Tensor | None = None
         self._places: list[tuple[Tensor, int]] = []
         self._join()
@@ -77,7 +88,7 @@ class Joined:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_weight": None, "_bias": None, "_places": []}
 
-    def whole(self) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+    def whole(self) -> tuple[Weight, Tensor | None] | None:
         """The weight and bias of all, or ``None`` where only the layers one by one will do."""
         if torch.compiler.is_compiling():
             return None if self._weight is None else (self._weight, self._bias)
@@ -96,6 +107,8 @@ class Joined:
         for module in self.modules:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.clone()
+            if isinstance(module, FlatQuantLinear):
+                module._scales = module._scales.clone()
             _forget(module)
         self._weight, self._bias, self._places = None, None, []
 
@@ -105,12 +118,19 @@ class Joined:
         self._bias = self._one("bias")
         if isinstance(first, nn.Linear):
             self._weight = self._one("weight")
+        elif isinstance(first, FlatQuantLinear):
+            qweight, scales, begin = self._one("qweight"), torch.cat([m._scales for m in self.modules]), 0
+            assert qweight is not None
+            for module in self.modules:
+                module._scales = scales[begin : begin + module._scales.numel()]
+                begin += module._scales.numel()
+            self._weight = ChannelWeight(qweight, scales, first.in_features, sum(self.widths))
         else:
             qweight, scales, qzeros = (self._one(name) for name in FIELDS)
             assert qweight is not None and scales is not None
             perm = None if first.perm is None else first.perm.data
             self._weight = PackedWeight(
-                qweight, scales, qzeros, perm, first.in_features, sum(self.widths), first.group_size
+                qweight, scales, qzeros, perm, first.in_features, sum(self.widths), first.group_size, first.bits
             )
             for module in self.modules[1:]:
                 if perm is not None:
@@ -135,14 +155,15 @@ class Joined:
 
     @staticmethod
     def _symmetric(module: Any) -> Tensor:
-        """Zero points of 8, for a layer that leaves them out where another has them."""
+        """Zero points in the middle, for a layer that leaves them out where another has them."""
         blocks, groups, _ = module.scales.shape
-        return torch.full((blocks, groups, TILE // 2), SYMMETRIC, dtype=torch.uint8, device=module.scales.device)
+        shape, value = (blocks, groups, TILE * module.bits // 8), SYMMETRIC[module.bits]
+        return torch.full(shape, value, dtype=torch.uint8, device=module.scales.device)
 
 
 def _forget(module: nn.Module) -> None:
-    """The weight that a 4-bit layer holds remembers when it was last written; this memory is new."""
-    if isinstance(module, W4A16Linear):
+    """The weight that a packed layer holds remembers when it was last written; this memory is new."""
+    if isinstance(module, (W4A16Linear, FlatQuantLinear)):
         module._held = None
 
 
@@ -152,15 +173,15 @@ class Projection:
     Attributes:
         modules: the layers.
         joined: as one, ``None`` for a single layer and where they can't be.
-        four_bit: whether a norm before it and an epilogue after it can be part of its launch.
-        activation: what follows it, as ``w4a16_linear`` names it; ``""`` for nothing. Only where ``four_bit``.
+        packed: whether a norm before it and an epilogue after it can be part of its launch.
+        activation: what follows it, as ``w4a16_linear`` names it; ``""`` for nothing. Only where ``packed``.
         planes: whether the parts of the result, one a layer, should be contiguous tensors.
     """
 
     def __init__(self, *modules: Any, join: bool = False, activation: str = "", planes: tuple[int, ...] = ()) -> None:
         self.modules = modules
         self.joined = Joined(modules) if join else None
-        self.four_bit = isinstance(modules[0], W4A16Linear) and (len(modules) == 1 or join)
+        self.packed = isinstance(modules[0], W4A16Linear) and (len(modules) == 1 or join)
         self.activation = activation
         self.planes: tuple[int, ...] = planes
 
@@ -178,10 +199,10 @@ class Projection:
         Args:
             x: ``[..., K]``.
             calls: counts kernel calls, ``None`` for no counting.
-            norm, residual: inside the launch; only where ``four_bit``.
+            norm, residual: inside the launch; only where ``packed``.
         """
-        if not self.four_bit:
-            return self._plain(x)
+        if not self.packed:
+            return self._plain(x, calls)
         if self.joined is None:
             weight, bias = self.modules[0].packed(), self.modules[0].bias
         else:
@@ -203,13 +224,18 @@ class Projection:
         parts = y.split((rows * q, rows * k, rows * v))
         return tuple(part.view(*lead, width) for part, width in zip(parts, self.planes, strict=True))
 
-    def _plain(self, x: Tensor) -> Any:
-        if self.joined is not None:
-            whole = self.joined.whole()
-            if whole is not None:
-                return functional.linear(x, whole[0], whole[1])  # type: ignore[arg-type]
+    def _plain(self, x: Tensor, calls: Counter[str] | None) -> Any:
+        whole, first = None if self.joined is None else self.joined.whole(), self.modules[0]
+        if calls is not None and isinstance(first, FlatQuantLinear):
+            calls["w4a4_linear"] += len(self.modules) if whole is None else 1
+        if whole is not None:
+            weight, bias = whole
+            if isinstance(weight, ChannelWeight):
+                q, scales = first.transform.quantize_once(x, first.clip_ratio)
+                return w4a4_linear(q, scales, weight, bias=bias, dtype=x.dtype)
+            return functional.linear(x, weight, bias)  # type: ignore[arg-type]
         if len(self.modules) == 1:
-            return self.modules[0](x)
+            return first(x)
         return tuple(module(x) for module in self.modules)
 
     def _one_by_one(self, x: Tensor, norm: Norm | None) -> Any:
