@@ -206,6 +206,16 @@ def test_an_empty_prompt_starts_from_the_beginning_of_a_text(model):
     assert run_json("generate", model, "--prompt", "", "--max-tokens", 2)["prompt_tokens"] == 1
 
 
+def test_generate_beyond_the_positions_with_a_window(model):
+    facts = run_json("generate", model, "--prompt", "abc", "--max-tokens", 80, "--window", 20, "--sinks", 2)
+    assert facts["cache"] == "static" and len(facts["tokens"]) == 80
+    short = ("generate", model, "--prompt", "abc", "--max-tokens", 10)
+    dynamic = run_json(*short)
+    assert dynamic["cache"] == "dynamic" and run_json(*short, "--cache", "static")["tokens"] == dynamic["tokens"]
+    assert run_json(*short, "--window", 40)["tokens"] == dynamic["tokens"]
+    assert "needs a CUDA device" in mistake(*short, "--cache", "graph", code=1)
+
+
 def test_mistakes_of_generate(model, tmp_path):
     assert "no such folder" in mistake("generate", tmp_path / "nothing")
     assert "config.json: missing" in mistake("generate", tmp_path)
@@ -242,6 +252,25 @@ def test_ppl_as_json(model, text):
     windows = 6  # of 32, half as far each time
     assert facts["kernel_calls"]["add_dual_layernorm"] == windows
     assert facts["replaced"] > 0
+
+
+def test_ppl_compares_with_another_model_and_with_plain_layers(model, text):
+    demo = run_json("ppl", "--tokens", 200)
+    assert demo["dequantised"]["kl_per_token"] == 0 < demo["dequantised"]["ppl"]
+    for name in ("unfused", "fused"):
+        assert abs(demo[name]["kl_per_token"]) < 1e-6 and demo[name]["same_token"] > 0.99
+    facts = run_json("ppl", model, "--reference", model, "--text", text, "--tokens", 100)
+    assert "dequantised" not in facts and facts["reference"]["ppl"] == facts["unfused"]["ppl"]
+
+
+def test_ppl_of_a_stream(model, text):
+    facts = run_json("ppl", model, "--streaming", "--text", text, "--tokens", 100, "--sinks", 2, "--window", 10)
+    assert (facts["tokens"], facts["sinks"], facts["window"]) == (99, 2, 10)
+    assert list(facts["kinds"]) == ["dense", "window", "sinks + window", "recomputed"]
+    assert len({kind["ppl"] for kind in facts["kinds"].values()}) == 4
+    table = run("ppl", model, "--streaming", "--text", text, "--tokens", 60).stdout
+    assert "sinks + window" in table and "recomputed" in table
+    assert "--streaming takes no --stride" in mistake("ppl", model, "--text", text, "--streaming", "--stride", 3)
 
 
 def test_mistakes_of_ppl(model, text, tmp_path):

@@ -15,6 +15,8 @@ _HOME = {
     "load": "nybble.models.load",
     "fuse": "nybble.models.patch",
     "Report": "nybble.models.patch",
+    "generate": "nybble.models.generate",
+    "StreamingCache": "nybble.models.streaming",
     "layernorm": "nybble.ops.norm.op",
     "rmsnorm": "nybble.ops.norm.op",
     "layernorm_residual": "nybble.ops.norm.op",
@@ -45,6 +47,8 @@ __all__ = [  # noqa: RUF022 - in the order of the documentation
     "load",
     "fuse",
     "Report",
+    "generate",
+    "StreamingCache",
     "layernorm",
     "rmsnorm",
     "layernorm_residual",
@@ -77,8 +81,10 @@ if TYPE_CHECKING:
     from nybble.formats.gguf_q4_0 import quantize_q4_0, unpack_q4_0
     from nybble.formats.grouped import QuantizedWeight
     from nybble.formats.tiles import PackedWeight
+    from nybble.models.generate import generate
     from nybble.models.load import load
     from nybble.models.patch import Report, fuse
+    from nybble.models.streaming import StreamingCache
     from nybble.ops.flatquant.op import dequantize_int4, flatquant_dynamic_quantize, get_decompose_dim
     from nybble.ops.ln_qkv.op import fused_ln_qkv_gptq, ln_qkv, release_packed
     from nybble.ops.norm.op import (

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {
@@ -67,6 +69,66 @@ def make_model() -> MakeModel:
                 spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
                 parameter.copy_(torch.randn_like(parameter) * spread + (parameter.ndim == 1) * 0.5)
         return model.eval().requires_grad_(False)
+
+    return make
+
+
+WIDE: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+    "llama": {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gpt2": {"n_embd": 128},
+}
+"""Widths that the packed layout joins: multiples of 64."""
+WIDE["qwen2"] = WIDE["llama"]
+WIDE["qwen3"] = {**WIDE["llama"], "head_dim": 32}
+
+
+def quantise(
+    model: PreTrainedModel,
+    *,
+    zeros: bool | str = False,
+    act_order: bool = False,
+    group_size: int = 32,
+    bits: int = 4,
+) -> None:
+    """Replace every linear layer but the head by a packed one with random values, at the scale of its weights.
+
+    ``zeros``: points that are not in the middle; a string, but in layers whose name ends so."""
+    from nybble.formats.grouped import QuantizedWeight
+    from nybble.formats.tiles import PackedWeight
+    from nybble.models.layers import W4A16Linear
+
+    generator = torch.Generator().manual_seed(11)
+    orders: dict[int, torch.Tensor] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (nn.Linear, Conv1D)) or name.endswith("lm_head"):
+            continue
+        k, n = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        groups = k // group_size
+        levels = 1 << bits
+        q = torch.randint(levels, (k, n), generator=generator, dtype=torch.uint8)
+        points = torch.full((groups, n), levels // 2, dtype=torch.uint8)
+        if zeros and not (isinstance(zeros, str) and name.endswith(zeros)):
+            low, high = levels * 5 // 16, levels * 11 // 16
+            points = torch.randint(low, high, (groups, n), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(groups, n, generator=generator) + 0.5) * 3.2 / levels * k**-0.5
+        g_idx = None
+        if act_order:
+            if k not in orders:
+                orders[k] = torch.randperm(k, generator=generator, dtype=torch.int64).to(torch.int32) // group_size
+            g_idx = orders[k]
+        weight = PackedWeight.from_quantized(QuantizedWeight(q, points, scales, group_size, g_idx, bits))
+        model.set_submodule(name, W4A16Linear(weight, module.bias).eval())
+
+
+@pytest.fixture
+def make_packed(make_model: MakeModel) -> MakeModel:
+    """As ``make_model``, the linear layers in 4 bits: ``make_packed(kind, {"zeros": True}, **changes)``."""
+
+    def make(kind: str, how: dict[str, Any] | None = None, **changes: Any) -> PreTrainedModel:
+        model = make_model(kind, **{**WIDE[kind], **changes})
+        quantise(model, **(how or {}))
+        return model
 
     return make
 

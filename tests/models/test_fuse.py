@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from models import gguf_files
+from models.conftest import WIDE
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXModel
 
 import nybble
+from nybble.models import flatquant
+from nybble.models.flatquant import FlatQuantLinear
 
 MakeModel = Callable[..., PreTrainedModel]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
@@ -354,29 +358,328 @@ def test_a_quantised_checkpoint() -> None:
     expected = model(ids).logits
     report = nybble.fuse(model)
     close(model(ids).logits, expected)
-    assert report.calls() == calls_per_forward(model.config.num_hidden_layers, parallel=True)
+    assert report.calls() == {"w4a16_linear": 4 * model.config.num_hidden_layers, "layernorm": 1}
 
 
-# --------------------------------------------------------------------------------- models whose norms alone are swapped
-
-
-@pytest.mark.parametrize(
-    ("kind", "function", "modules"),
-    [("llama", "rmsnorm", 5), ("qwen2", "rmsnorm", 5), ("qwen3", "rmsnorm", 9), ("gpt2", "layernorm", 5)],
-)
-def test_swapped_norms(make_model: MakeModel, ids: torch.Tensor, kind: str, function: str, modules: int) -> None:
-    model = make_model(kind)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("without_points", ["k_proj", "up_proj"])
+def test_zero_points_that_some_layers_leave_out(
+    make_packed: MakeModel, ids: torch.Tensor, bits: int, without_points: str
+) -> None:
+    model = make_packed("llama", {"zeros": without_points, "bits": bits})
+    assert model.get_submodule(f"model.layers.0.{AT[without_points]}").qzeros is None
     expected = model(ids).logits
     report = nybble.fuse(model)
-    assert len(report.replaced) == modules and {what for _, what in report.replaced} == {function}
-    assert len(report.refused) == 1 and "residual additions" in report.refused[0][1]
     close(model(ids).logits, expected)
-    assert report.calls() == {function: modules}
-    hidden = model(ids, output_hidden_states=True).hidden_states
-    assert len(hidden) == 3
-    model.requires_grad_(True)
-    model(ids, labels=ids).loss.backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "norm" in n or "ln_" in n)
+    assert report.calls() == calls_of("llama", 2, packed=True) and report.refused == []
+
+
+def test_layers_of_4_and_8_bits_are_not_joined(make_packed: MakeModel, ids: torch.Tensor) -> None:
+    model, other = make_packed("llama"), make_packed("llama", {"bits": 8})
+    model.set_submodule("model.layers.0.mlp.up_proj", other.get_submodule("model.layers.0.mlp.up_proj"))
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    assert report.refused == [("model.layers.0.mlp.{gate_proj,up_proj}", "not one product: they differ in their bits")]
+    close(model(ids).logits, expected)
+
+
+AT = {"k_proj": "self_attn.k_proj", "up_proj": "mlp.up_proj"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_gguf_file(make_model: MakeModel, ids: torch.Tensor, tmp_path: Path, kind: str) -> None:
+    gguf_files.write(tmp_path / "m.gguf", make_model(kind, **WIDE[kind]))
+    model = nybble.load(tmp_path / "m.gguf", device="cpu")
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    close(model(ids).logits, expected)
+    assert report.calls() == calls_of(kind, 2, packed=True) and report.refused == []
+
+
+def int4(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with int4 weights and activations."""
+    model.save_pretrained(folder / "plain")
+    tensors, quantization = flatquant.convert(nybble.load(folder / "plain", device="cpu"), dtype=torch.float32)
+    flatquant.write(folder / "plain", folder / "packed", tensors, quantization, torch.float32)
+    return nybble.load(folder / "packed", device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+def test_int4_activations(
+    make_model: MakeModel, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = int4(make_model(kind, **WIDE[kind]), tmp_path)
+    plain = model(ids).logits
+    apart = nybble.fuse(model, without=("qkv", "gate_up"))
+    expected, calls = model(ids).logits, apart.calls()
+    apart.undo()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    size, scales = bytes_of(model), [m._scales.clone() for m in model.modules() if isinstance(m, FlatQuantLinear)]
+    launches = []
+    quantize = flatquant.flatquant_dynamic_quantize
+    monkeypatch.setattr(flatquant, "flatquant_dynamic_quantize", lambda *a: launches.append(1) or quantize(*a))
+    report = nybble.fuse(model)
+    got = model(ids).logits
+    # The same norms, so the same integers, whose products are exact.
+    assert torch.equal(got, expected)
+    # An activation that lies between two integers may fall to the other side where the norm rounds otherwise.
+    assert torch.corrcoef(torch.stack((got.flatten(), plain.flatten())))[0, 1] > 0.99
+    layers = model.config.num_hidden_layers
+    assert len(launches) == 4 * layers and report.refused == []
+    if kind in ("llama", "qwen2", "qwen3"):
+        assert calls["w4a4_linear"] == 7 * layers and report.calls()["w4a4_linear"] == 4 * layers
+        attn = model.get_submodule("model.layers.0.self_attn")
+        layers_of = [attn.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        assert len({m.get_parameter("qweight").untyped_storage().data_ptr() for m in layers_of}) == 1
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(ids).logits, got)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, plain)
+    assert bytes_of(model) == size
+    report.undo()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    after = [m._scales for m in model.modules() if isinstance(m, FlatQuantLinear)]
+    assert all(torch.equal(a, b) for a, b in zip(after, scales, strict=True))
+    assert len({t.untyped_storage().data_ptr() for t in after}) == len(after) and bytes_of(model) == size
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_int4_layers_that_share_no_transform_or_ratio(make_model: MakeModel, ids: torch.Tensor, tmp_path: Path) -> None:
+    model = int4(make_model("llama", **WIDE["llama"]), tmp_path)
+    first, second = (model.get_submodule(f"model.layers.{i}.self_attn.k_proj") for i in range(2))
+    assert isinstance(first, FlatQuantLinear) and isinstance(second, FlatQuantLinear)
+    own = copy.deepcopy(first.transform)
+    own.users, own.ratios = 0, []
+    model.set_submodule("model.layers.0.self_attn.k_proj", FlatQuantLinear(first.packed(), own))
+    other = FlatQuantLinear(second.packed(), second.transform, 0.9)
+    second.transform.users -= 1
+    model.set_submodule("model.layers.1.self_attn.k_proj", other.eval())
+    model.eval()
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    assert [why for _, why in report.refused] == [
+        "not one product: they do not share a transform",
+        "not one product: they differ in their clip ratio",
+    ]
+    got = model(ids).logits
+    assert torch.corrcoef(torch.stack((got.flatten(), expected.flatten())))[0, 1] > 0.99
+
+
+# ----------------------------------------------------------------------------------------------------- all the families
+
+
+def calls_of(kind: str, layers: int, *, packed: bool) -> dict[str, int]:
+    """What one forward of a fused model calls."""
+    rms = kind in ("llama", "qwen2", "qwen3")
+    alone = "rmsnorm" if rms else "layernorm"
+    heads = 2 * layers if kind == "qwen3" else 0  # the norms of queries and keys
+    if not packed:
+        if kind == "gpt_neox":
+            return calls_per_forward(layers, parallel=True)
+        return {alone: 1 + heads, f"add_{alone}": 2 * layers}
+    if kind == "gpt_neox":
+        return {"w4a16_linear": 4 * layers, alone: 1}
+    return {"ln_qkv": layers, "w4a16_linear": 3 * layers, alone: 1 + heads}
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox": ("gpt_neox", {}),
+    "neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "neox-no-bias": ("gpt_neox", {"attention_bias": False}),
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-all-heads": ("llama", {"num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-erf": ("gpt2", {"activation_function": "gelu"}),
+    "gpt2-relu": ("gpt2", {"activation_function": "relu"}),
+}
+EACH = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@EACH
+@pytest.mark.parametrize("how", [None, {}, {"zeros": True}, {"act_order": True}], ids=["fp32", "w4", "zeros", "order"])
+def test_logits_of_every_family(
+    make_model: MakeModel, make_packed: MakeModel, ids: torch.Tensor, variant: str, how: dict[str, Any] | None
+) -> None:
+    kind, changes = VARIANTS[variant]
+    model = make_model(kind, **changes) if how is None else make_packed(kind, how, **changes)
+    cache_of = model(ids[:, :7], use_cache=True)
+    expected = model(ids).logits
+    expected_step = model(ids[:, 7:9], past_key_values=cache_of.past_key_values).logits
+    assert expected.std() > 0.1  # else any two would agree
+    report = nybble.fuse(model)
+    close(model(ids).logits, expected)
+    layers = model.config.num_hidden_layers
+    if variant != "neox-sequential":
+        assert report.calls() == calls_of(kind, layers, packed=how is not None)
+    elif how is not None:
+        assert report.calls() == {"w4a16_linear": 4 * layers, "layernorm": 1}
+    cache_of = model(ids[:, :7], use_cache=True)
+    close(model(ids[:, 7:9], past_key_values=cache_of.past_key_values).logits, expected_step)
+    assert len(report.replaced) == layers + 1
+    relu = [("transformer.h.0.mlp", "the activation relu stays outside of the product")]
+    assert report.refused[:1] == (relu if variant == "gpt2-relu" and how is not None else [])
+
+
+@pytest.mark.parametrize("without", [("carry",), ("qkv",), ("gate_up",), ("prologue",), ("epilogue",), "all"], ids=str)
+@EACH
+@pytest.mark.parametrize("packed", [False, True], ids=["fp32", "w4"])
+def test_each_fusion_can_be_left_out(
+    make_model: MakeModel,
+    make_packed: MakeModel,
+    ids: torch.Tensor,
+    variant: str,
+    without: tuple[str, ...] | str,
+    packed: bool,
+) -> None:
+    kind, changes = VARIANTS[variant]
+    model = (make_packed if packed else make_model)(kind, **changes)
+    expected = model(ids).logits
+    left_out = ("carry", "qkv", "gate_up", "prologue", "epilogue") if without == "all" else without
+    report = nybble.fuse(model, without=left_out)
+    close(model(ids).logits, expected)
+    calls = report.calls()
+    assert sum(calls.values()) > 0
+    if "carry" in left_out:
+        assert not any(name.startswith("add_") for name in calls)
+    if "prologue" in left_out:
+        assert "ln_qkv" not in calls
+
+
+def test_what_cant_be_left_out(make_model: MakeModel) -> None:
+    for wrong in (("attention",), "carry"):
+        with pytest.raises(ValueError, match=r"fuse: without: expected some of \['carry'"):
+            nybble.fuse(make_model("llama"), without=wrong)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Of all storages, each counted once; joined weights included."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["fp32", "w4"])
+def test_joined_weights_are_held_once_and_undo_gives_each_its_own(
+    make_model: MakeModel, make_packed: MakeModel, ids: torch.Tensor, packed: bool
+) -> None:
+    model = make_packed("qwen2", {"zeros": True}) if packed else make_model("qwen2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size, names = bytes_of(model), list(before)
+    logits = model(ids).logits
+    report = nybble.fuse(model)
+    attn = model.get_submodule("model.layers.0.self_attn")
+    own = [
+        p for m in ("q_proj", "k_proj", "v_proj") for n, p in attn.get_submodule(m).named_parameters() if "weight" in n
+    ]
+    assert len({p.untyped_storage().data_ptr() for p in own}) == 1
+    assert bytes_of(model) == size
+    model(ids)
+    assert bytes_of(model) == size and list(model.state_dict()) == names
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    report.undo()
+    assert len({p.untyped_storage().data_ptr() for p in own}) == 3
+    assert bytes_of(model) == size and torch.equal(model(ids).logits, logits)
+
+
+def test_a_written_weight_is_seen_and_a_moved_one_is_joined_again(make_packed: MakeModel, ids: torch.Tensor) -> None:
+    model = make_packed("llama")
+    report = nybble.fuse(model)
+    layer = model.get_submodule("model.layers.0.self_attn.k_proj")
+    scales: Any = layer.scales
+    scales.mul_(1.5)
+    fused = model(ids).logits
+    calls = report.calls()
+    twin = copy.deepcopy(model)
+    close(twin(ids).logits, fused)
+    scales.data = scales.data.clone() * 0.5  # as `.to` does: no view of the joined weight any more
+    with report.paused():
+        moved = model(ids).logits
+    assert (moved - fused).abs().max() > 1e-2
+    close(model(ids).logits, moved)
+    assert {name: n - calls[name] for name, n in report.calls().items()} == calls
+    report.undo()
+    close(model(ids).logits, moved)
+
+
+@pytest.mark.parametrize("where", ["self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp", "mlp.down_proj"])
+def test_hooks_on_what_is_not_called_take_the_original(make_packed: MakeModel, ids: torch.Tensor, where: str) -> None:
+    model = make_packed("llama")
+    expected = model(ids).logits
+    report, seen = nybble.fuse(model), []
+    handle = model.get_submodule(f"model.layers.1.{where}").register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model(ids).logits, expected) and seen == [1] and report.calls() == {}
+    handle.remove()
+    close(model(ids).logits, expected)
+    assert report.calls()
+
+
+def test_a_replaced_projection_takes_the_original(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = make_model("llama")
+    report = nybble.fuse(model)
+    attn: Any = model.get_submodule("model.layers.1.self_attn")
+    attn.q_proj = nn.Linear(64, 64, bias=False).requires_grad_(False).eval()
+    got = model(ids).logits
+    assert report.calls() == {}
+    report.undo()
+    assert torch.equal(model(ids).logits, got)
+
+
+def test_projections_that_differ_are_computed_one_by_one(make_packed: MakeModel, ids: torch.Tensor) -> None:
+    model = make_packed("llama", num_key_value_heads=1)  # keys of 32 features: no whole block of the packed layout
+    expected = model(ids).logits
+    report = nybble.fuse(model)
+    close(model(ids).logits, expected)
+    reason = "not one product: the packed layout joins multiples of 64 output features"
+    assert report.refused[0] == ("model.layers.0.self_attn.{q_proj,k_proj,v_proj}", reason)
+    assert report.calls() == {"rmsnorm": 3, "w4a16_linear": 6}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_of_packed_models(make_packed: MakeModel, ids: torch.Tensor, kind: str, cache: str) -> None:
+    model = make_packed(kind)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    how: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    how |= {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **how)  # type: ignore[operator]
+    report = nybble.fuse(model)
+    assert torch.equal(model.generate(ids, **how), expected)  # type: ignore[operator]
+    assert report.calls()["w4a16_linear"] > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_decode_of_packed_models(make_packed: MakeModel, ids: torch.Tensor, kind: str, backend: str) -> None:
+    torch.compiler.reset()  # what tests before compiled counts against the limit of recompilations
+    model = make_packed(kind)
+    expected = model(ids).logits
+    nybble.fuse(model)
+    cache: Any = StaticCache(config=model.config, max_cache_len=32)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        steps = [model(ids[:, :8], past_key_values=cache, use_cache=True).logits]
+        for i in range(8, ids.shape[1]):
+            position = torch.full((2, 1), i)
+            out = compiled(ids[:, i : i + 1], position_ids=position, past_key_values=cache, use_cache=True)
+            steps.append(out.logits)
+    close(torch.cat(steps, 1), expected)
+
+
+def test_the_report_of_a_packed_model(make_packed: MakeModel) -> None:
+    assert str(nybble.fuse(make_packed("llama"))) == (
+        "replaced:\n"
+        "  model.layers.0..1  q, k, v as one with its norm, output with the residual, "
+        "gate and up as one with its norm with silu_mul, down with the residual\n"
+        "  model.norm         rmsnorm"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ what it refuses
@@ -458,4 +761,3 @@ def test_the_report_reads_as_a_table(make_model: MakeModel, ids: torch.Tensor) -
         "  gpt_neox.final_layer_norm  add_layernorm: the last residual addition and the final norm\n"
         "calls: add_dual_layernorm 2, add_layernorm 1, layernorm 2"
     )
-    assert "residual additions stay separate" in str(nybble.fuse(make_model("llama")))

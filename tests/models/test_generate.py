@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import nybble
-from nybble.models.generate import generate_tokens, perplexity, stream_text
+from nybble.models.generate import generate, stream_text
+from nybble.models.perplexity import perplexity
 
 MakeModel = Callable[..., PreTrainedModel]
 KINDS = pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen2", "qwen3", "gpt2"])
@@ -40,11 +41,11 @@ def test_greedy_takes_the_likeliest_every_time(
     if fused:
         nybble.fuse(model)
     for form in (prompt, torch.tensor(prompt), torch.tensor([prompt], dtype=torch.int32)):
-        assert list(generate_tokens(model, form, max_new_tokens=8)) == expected
+        assert list(generate(model, form, max_new_tokens=8)) == expected
 
 
 def test_timing_and_the_end_by_length(make_model: MakeModel, ids: torch.Tensor) -> None:
-    stream = generate_tokens(make_model("gpt_neox"), prompt_of(ids), max_new_tokens=5)
+    stream = generate(make_model("gpt_neox"), prompt_of(ids), max_new_tokens=5)
     assert (stream.timing.prompt_tokens, stream.timing.decode_tokens, stream.stopped_by) == (11, 0, "")
     next(stream)
     assert stream.timing.prompt_seconds > 0 and stream.timing.decode_tokens == 0 == stream.timing.decode_seconds
@@ -62,10 +63,10 @@ def test_the_callers_own_time_does_not_count(
     make_model: MakeModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("nybble.models.generate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     model = make_model("gpt_neox")
     model.register_forward_pre_hook(lambda *_: clock.__setitem__(0, clock[0] + 2.0))
-    stream = generate_tokens(model, prompt_of(ids), max_new_tokens=4)
+    stream = generate(model, prompt_of(ids), max_new_tokens=4)
     for _ in stream:
         clock[0] += 100.0
     assert (stream.timing.prompt_seconds, stream.timing.decode_seconds) == (2.0, 6.0)
@@ -80,7 +81,7 @@ def test_a_step_runs_without_cudnns_attention_and_leaves_the_switch_as_it_was(
     for wanted in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(wanted)
         try:
-            for _ in generate_tokens(model, prompt_of(ids), max_new_tokens=2):
+            for _ in generate(model, prompt_of(ids), max_new_tokens=2):
                 assert torch.backends.cuda.cudnn_sdp_enabled() is wanted
         finally:
             torch.backends.cuda.enable_cudnn_sdp(True)
@@ -93,12 +94,12 @@ def test_eos_ends_the_text_and_is_given(make_model: MakeModel, ids: torch.Tensor
     end = expected[3]
     upto = expected[: expected.index(end) + 1]
     for eos in (end, [95, end], {end}):
-        stream = generate_tokens(model, prompt, max_new_tokens=8, eos=eos)
+        stream = generate(model, prompt, max_new_tokens=8, eos=eos)
         assert list(stream) == upto and stream.stopped_by == "eos"
 
 
 def test_no_new_tokens(make_model: MakeModel, ids: torch.Tensor) -> None:
-    stream = generate_tokens(make_model("gpt_neox"), prompt_of(ids), max_new_tokens=0)
+    stream = generate(make_model("gpt_neox"), prompt_of(ids), max_new_tokens=0)
     assert list(stream) == [] and stream.stopped_by == "length"
 
 
@@ -107,7 +108,7 @@ def test_a_seed_repeats_and_another_differs(make_model: MakeModel, ids: torch.Te
 
     def sample(seed: int | None, **how: float) -> list[int]:
         arguments = {"temperature": 2.0, **how}
-        return list(generate_tokens(model, prompt, max_new_tokens=12, seed=seed, **arguments))  # type: ignore[arg-type]
+        return list(generate(model, prompt, max_new_tokens=12, seed=seed, **arguments))  # type: ignore[arg-type]
 
     assert sample(1) == sample(1)
     assert len({tuple(sample(seed)) for seed in range(4)}) == 4
@@ -125,7 +126,7 @@ def test_samples_follow_the_distribution(make_model: MakeModel, ids: torch.Tenso
     counts = torch.zeros_like(chances)
     draws = 200
     for seed in range(draws):
-        counts[next(generate_tokens(model, prompt, max_new_tokens=1, temperature=1.5, top_k=5, seed=seed))] += 1
+        counts[next(generate(model, prompt, max_new_tokens=1, temperature=1.5, top_k=5, seed=seed))] += 1
     assert set(counts.nonzero().flatten().tolist()) <= set(top.indices.tolist())
     expected = top.values / top.values.sum()
     spread = 4 * (expected * (1 - expected) / draws).sqrt()  # four standard deviations
@@ -138,7 +139,7 @@ def test_logits_that_are_not_finite_stop_the_text(make_model: MakeModel, ids: to
         model.get_submodule("gpt_neox.final_layer_norm").bias[0] = value  # type: ignore[index, operator]
         for temperature in (0.0, 1.0):
             with pytest.raises(FloatingPointError, match=r"the largest logit is (nan|inf)"):
-                next(generate_tokens(model, prompt_of(ids), max_new_tokens=2, temperature=temperature))
+                next(generate(model, prompt_of(ids), max_new_tokens=2, temperature=temperature))
 
 
 @pytest.mark.parametrize(
@@ -167,12 +168,12 @@ def test_logits_that_are_not_finite_stop_the_text(make_model: MakeModel, ids: to
 def test_wrong_arguments(
     make_model: MakeModel, ids: torch.Tensor, arguments: dict, error: type[Exception], text: str
 ) -> None:
-    with pytest.raises(error, match=f"generate_tokens: .*{text}"):
-        generate_tokens(make_model("gpt_neox"), **{"input_ids": prompt_of(ids), **arguments})
+    with pytest.raises(error, match=f"generate: .*{text}"):
+        generate(make_model("gpt_neox"), **{"input_ids": prompt_of(ids), **arguments})
 
 
 def test_every_position_can_be_used(make_model: MakeModel, ids: torch.Tensor) -> None:
-    assert len(list(generate_tokens(make_model("gpt2"), prompt_of(ids), max_new_tokens=53))) == 53
+    assert len(list(generate(make_model("gpt2"), prompt_of(ids), max_new_tokens=53))) == 53
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming

@@ -52,6 +52,7 @@ PLOT_TO = typer.Option(None, "--plot-to", help="The same into this .svg or .png;
 CHECK = typer.Option(
     None, "--check", help="accuracy: results beside float64, nothing timed; performance: the tables; all: both."
 )
+MODEL = typer.Option(None, "--model", help="A folder or .gguf file.")
 PICTURES = typer.Option("docs/ops", help="The folder the pictures go to, each as <op>.svg.")
 
 
@@ -370,6 +371,120 @@ def _measure(
     for case in track(cases, description=description, console=console, transient=True, disable=disable):
         rounds = 8 if quick else 30
         yield bench_case(case, device=where, hardware=hardware, peers=peers, rounds=rounds, note=note)
+
+
+@app.command("decode")
+def decode(
+    model: Path | None = MODEL,
+    shape: str = typer.Option("", "--shape", help="Random 4-bit weights: llama3-8b, pythia-2.8b or gpt2-xl."),
+    layers: int | None = typer.Option(None, "--layers", min=1, help="--shape: fewer layers than it has."),
+    bits: int = typer.Option(4, "--bits", help="--shape: 4, or 16 for ordinary linear layers."),
+    batch: str = typer.Option("1,8,32", "--batch", help="Texts at once."),
+    context: int = typer.Option(512, min=1, help="Tokens before the first timed one."),
+    tokens: int = typer.Option(128, min=2, help="Timed tokens."),
+    prompts: str = typer.Option("128,2048", "--prompts", help="Prompt lengths, for the time to the first token."),
+    ablation: bool = typer.Option(False, "--ablation", help="Then leave out each fusion in turn."),
+    save: bool = typer.Option(False, help="Append the rows to RESULTS/<gpu>/decode.jsonl."),
+    results: Path = RESULTS,
+    commit: str = typer.Option("", help="The commit to stamp rows with, where git can't tell."),
+    dtype: str = typer.Option("auto", "--dtype", help="float16, bfloat16 or float32."),
+    device: str = DEVICE,
+    json: bool = JSON,
+) -> None:
+    """Time per token of a whole model: eager or from a CUDA graph, unfused or fused.
+
+    The four cells keep the graph's gain apart from the kernels'. Between the ends of two steps, the host waiting for
+    none: P50, P99, and the fraction of the roof, which is reading each weight and the cache once. On a CPU the steps of
+    the graph are called one by one.
+    """
+    import torch
+
+    from nybble.bench import decode as bench
+    from nybble.bench import report
+
+    if (model is None) is (not shape):
+        raise fail("decode: give --model or --shape")
+    if model is not None and (layers is not None or bits != 4):
+        raise fail("decode: --layers and --bits are of a --shape")
+    where, kind = device_of(device), dtype_of(dtype)
+    batches, lengths = _numbers(batch, "--batch"), _numbers(prompts, "--prompts")
+    hardware, ceilings = _ceilings(where)
+    with torch.inference_mode(False):
+        if model is not None:
+            from nybble.cli.model import load_model
+
+            loaded = load_model(model, device, dtype, hidden=json)[0]
+        else:
+            kind = kind or (torch.float16 if where.type == "cuda" else torch.float32)
+            loaded = bench.random_model(shape, device=where, dtype=kind, layers=layers, bits=bits)
+    name = shape if model is None else model.name
+    if bits != 4:
+        name += f"-{bits}bit"
+    config: Any = loaded.config
+    positions = config.max_position_embeddings
+    longest = max(context + tokens + bench.WARM_UP + 2, *lengths)
+    if longest > positions:
+        raise fail(f"decode: {longest} tokens, but {name} has {positions} positions; try --context or --prompts")
+    at = report.stamp(hardware, commit=commit or None)
+    out, err = stdout(), stderr()
+    read = ceilings.read_tbps if ceilings is not None else 0.0
+    if not json:
+        out.print(f"{name}, {config.num_hidden_layers} layers, {loaded.dtype} on {at.gpu}, {context} tokens before")
+    rows, wrong = [], []
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    firsts = [f"TTFT {length}" for length in lengths]
+    for column in ("", "batch", "TPOT P50 ms", "P99", "tokens/s", "of roof", *firsts, "peak GB"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    found = bench.measure(
+        loaded,
+        batches=batches,
+        context=context,
+        steps=tokens,
+        prompts=lengths,
+        read_tbps=read,
+        ablation=ablation,
+    )
+    for result in found:
+        if result.wrong:
+            wrong.append(f"{bench.name_of(result)}, batch {result.batch}: {result.wrong}")
+            continue
+        rows.append(bench.row(result, name, config.num_hidden_layers, loaded.dtype, at))
+        table.add_row(
+            bench.name_of(result),
+            str(result.batch),
+            f"{result.tpot_ms_p50:.3f}",
+            f"{result.tpot_ms_p99:.3f}",
+            f"{result.tokens_per_s:.0f}",
+            f"{100 * result.of_roof:.0f} %" if result.of_roof else "-",
+            *(f"{result.ttft_ms[n]:.1f}" if n in result.ttft_ms else "" for n in lengths),
+            f"{result.peak_bytes / 1e9:.2f}" if result.peak_bytes else "-",
+        )
+    path = results / (hardware.slug if hardware is not None else "cpu") / "decode.jsonl"
+    if save and rows:
+        report.append(path, rows)
+        if not json:
+            err.print(f"saved {path}", markup=False, soft_wrap=True)
+    if json:
+        print_json({**at._asdict(), "model": name, "rows": rows, "wrong": wrong, "saved": [str(path)] if save else []})
+    else:
+        out.print(table)
+        for line in wrong:
+            err.print(line, style="red", markup=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Positive numbers with commas between."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r}: expected numbers above 0, with commas", param_hint=option)
+    return numbers
 
 
 @app.command("plot")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from nybble.cli.console import print_json, stderr
 from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, NAMED, assets, described, load_model
 
 if TYPE_CHECKING:
-    from nybble.models.generate import Timing
+    from collections.abc import Callable
+
+    from nybble.models.generate import Timing, TokenStream
     from nybble.models.patch import Report
 
 PROMPT = "def read_lines(path):"
@@ -31,27 +34,38 @@ def generate(
     device: str = DEVICE,
     dtype: str = DTYPE,
     fuse: bool = typer.Option(True, help="Run the fused operations, or the model as transformers has it."),
+    cache: str = typer.Option("auto", help="graph, static or dynamic; auto: a CUDA graph where it can be used."),
+    window: int = typer.Option(None, min=1, help="Attend to the WINDOW recent tokens only: a text without end."),
+    sinks: int = typer.Option(4, min=0, help="--window: and to the first SINKS."),
     stream: bool = typer.Option(True, help="Print text as it comes, or all at the end."),
     json: bool = JSON,
 ) -> None:
     """Continue a prompt. The text goes to stdout, the speed to stderr."""
     folder = model or named or assets()
     loaded, tokenizer = load_model(folder, device, dtype, hidden=json)
-    from nybble.models.generate import generate_tokens, stream_text
+    from nybble.models.generate import generate as continue_prompt
+    from nybble.models.generate import stream_text
 
     report = _fused(loaded) if fuse else None
     ids = tokenizer(prompt)["input_ids"] or [i for i in [tokenizer.bos_token_id] if i is not None]
-    before = _warm_up(loaded, ids, max_tokens, report)
-    tokens = generate_tokens(
-        loaded,
-        ids,
-        max_new_tokens=max_tokens,
-        temperature=temperature if sample else 0.0,
-        top_k=top_k or None if sample else None,
-        top_p=top_p if sample else None,
-        seed=seed,
-        eos=_ends(loaded, tokenizer),
-    )
+
+    def start() -> TokenStream:
+        return continue_prompt(
+            loaded,
+            ids,
+            max_new_tokens=max_tokens,
+            temperature=temperature if sample else 0.0,
+            top_k=top_k or None if sample else None,
+            top_p=top_p if sample else None,
+            seed=seed,
+            eos=_ends(loaded, tokenizer),
+            cache=cache,
+            sinks=sinks,
+            window=window,
+        )
+
+    before = _warm_up(start, loaded, report)
+    tokens = start()
     new: list[int] = []
     pieces: list[str] = []
     live = stream and not json
@@ -74,28 +88,31 @@ def generate(
                 "text": text,
                 "tokens": new,
                 "stopped_by": tokens.stopped_by,
+                "cache": tokens.how,
+                "no_graph_because": tokens.why,
                 **_speed(tokens.timing),
                 **_fusion(report, before),
             }
         )
         return
     _write("\n" if live else f"{prompt}{text}\n")
-    _summary(tokens.timing, _calls(report, before), described(loaded))
+    _summary(tokens, _calls(report, before), described(loaded))
 
 
-def _warm_up(loaded: Any, ids: list[int], max_tokens: int, report: Report | None) -> dict[str, int]:
-    """Compile the kernels of the prompt and of a decode step, so that the speed shown is not that of the compiler.
+def _warm_up(start: Callable[[], TokenStream], loaded: Any, report: Report | None) -> dict[str, int]:
+    """Compile the kernels of the prompt and of a decode step and capture its graph, so that the speed shown is not that
+    of the compiler.
 
     Returns:
         The fused calls this made, to be left out of the count.
     """
-    if loaded.device.type == "cuda" and ids and max_tokens > 0:
-        from nybble.models.generate import generate_tokens
-
+    if loaded.device.type == "cuda":
         console = stderr()
         with console.status("Compiling kernels (kept on disk)"):
-            for _ in generate_tokens(loaded, ids, max_new_tokens=min(2, max_tokens)):
+            tokens = start()
+            for _ in islice(tokens, 3):
                 pass
+            tokens.close()
     return report.calls() if report is not None else {}
 
 
@@ -150,9 +167,10 @@ def _fusion(report: Report | None, before: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _summary(timing: Timing, calls: dict[str, int], where: dict[str, str]) -> None:
+def _summary(tokens: TokenStream, calls: dict[str, int], where: dict[str, str]) -> None:
     from rich.table import Table
 
+    timing = tokens.timing
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -162,7 +180,8 @@ def _summary(timing: Timing, calls: dict[str, int], where: dict[str, str]) -> No
         table.add_row("decode", f"{timing.decode_tokens} tokens, {speed}")
     counted = ", ".join(f"{name} {count}" for name, count in sorted(calls.items()))
     table.add_row("fused calls", f"{sum(calls.values())} ({counted})" if calls else "none")
-    table.add_row("on", f"{where['device']}, {where['dtype']}")
+    how = "CUDA graph" if tokens.how == "graph" else f"{tokens.how} cache"
+    table.add_row("on", f"{where['device']}, {where['dtype']}, {how}{f' ({tokens.why})' if tokens.why else ''}")
     console = stderr()
     console.print()
     console.print(table)

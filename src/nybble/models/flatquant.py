@@ -56,10 +56,9 @@ class FlatQuantTransform(nn.Module):
 
     def quantize(self, x: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
         """int8 values ``[..., K]`` and scales ``[...]`` of ``x``."""
-        rows = x.reshape(-1, x.shape[-1])
         if self.users == 1 or torch.compiler.is_compiling():
-            q, scales = flatquant_dynamic_quantize(rows, self.left_trans, self.right_trans, clip_ratio)
-            return q.view(x.shape), scales.view(x.shape[:-1])
+            return self.quantize_once(x, clip_ratio)
+        rows = x.reshape(-1, x.shape[-1])
         version, kept = -1 if x.is_inference() else x._version, self._kept
         if kept is None or kept[0]() is not x or kept[1] != version:
             q, scales = flatquant_dynamic_quantize(rows, self.left_trans, self.right_trans, self.ratios)
@@ -69,6 +68,12 @@ class FlatQuantTransform(nn.Module):
         self._kept = (where, version, q, scales, awaited - 1) if awaited > 1 else None
         which = self.ratios.index(clip_ratio)
         return q[which].view(x.shape), scales[which].view(x.shape[:-1])
+
+    def quantize_once(self, x: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
+        """The same for a single reader: nothing is kept for others."""
+        rows = x.reshape(-1, x.shape[-1])
+        q, scales = flatquant_dynamic_quantize(rows, self.left_trans, self.right_trans, clip_ratio)
+        return q.view(x.shape), scales.view(x.shape[:-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}

@@ -1,27 +1,33 @@
-"""Text out of a model, token by token and timed, and the perplexity of a text under it."""
+"""Text out of a model, token by token and timed."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel
 
-from nybble.runtime.errors import wrong_type, wrong_value
+from nybble.models.cache import RingCache
+from nybble.models.decode import (
+    Decoder,
+    Results,
+    Sampling,
+    decoder_for,
+    device_of,
+    keep,
+    now,
+    slots_for,
+    why_not_static,
+    without_attention_plans,
+)
+from nybble.models.streaming import StreamingCache
+from nybble.runtime.errors import UnsupportedError, wrong_type, wrong_value
 
 Ids = Tensor | Sequence[int]
 
@@ -57,27 +63,23 @@ class Timing:
 
 
 class TokenStream(Iterator[int]):
-    """The new tokens of :func:`generate_tokens`, each as soon as it is known.
+    """The new tokens of :func:`generate`, each as soon as it is known.
 
     Attributes:
-        timing: what they took so far. Only the model's time counts, not what the caller does between two tokens.
-        stopped_by: ``"eos"`` or ``"length"`` once the tokens have ended, ``""`` before.
+        timing: what they took so far. Only the time spent here counts, not what the caller does between two tokens;
+            with a graph the device works on the next token meanwhile.
+        stopped_by: ``"eos"``, ``"length"`` or ``"closed"`` once the tokens have ended, ``""`` before.
+        how: ``"graph"``, ``"static"`` or ``"dynamic"``: how tokens are decoded. why: what ruled a graph out.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompt: Tensor,
-        max_new_tokens: int,
-        pick: Callable[[Tensor], int],
-        eos: frozenset[int],
+        self, prompt: Tensor, max_new_tokens: int, source: _Dynamic | _Static, eos: frozenset[int], how: str, why: str
     ) -> None:
         self.timing = Timing(prompt_tokens=prompt.shape[1])
-        self.stopped_by = ""
-        self._model, self._pick, self._eos = model, pick, eos
+        self.stopped_by, self.how, self.why = "", how, why
+        self._source: _Dynamic | _Static | None = source
+        self._device, self._eos = prompt.device, eos
         self._left, self._first = max_new_tokens, True
-        self._cache = DynamicCache(config=model.config)
-        self._next_input = prompt
 
     def __next__(self) -> int:
         if self.stopped_by:
@@ -85,17 +87,19 @@ class TokenStream(Iterator[int]):
         if self._left == 0:
             self._stop("length")
             raise StopIteration
+        assert self._source is not None
         timing = self.timing
-        started = _now(self._next_input.device)
-        with torch.inference_mode(), _no_attention_plans():
-            logits = self._model(
-                input_ids=self._next_input, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-            token = self._pick(logits)  # waits for the device: the token is on the host
-            seconds = time.perf_counter() - started
-            self._next_input = torch.tensor([[token]], device=self._next_input.device)
+        started = now(self._device) if self._first else time.perf_counter()
+        token, best = self._source.next(more=self._left > 1)
+        seconds = time.perf_counter() - started
+        if not math.isfinite(best):
+            raise FloatingPointError(
+                f"generate: the largest logit is {best}. The activations have overflowed or the checkpoint "
+                "holds bad values; if the dtype is float16, load with dtype=torch.bfloat16."
+            )
         if self._first:
             timing.prompt_seconds, self._first = seconds, False
+            self.how, self.why = self._source.how, self.why or self._source.why
         else:
             timing.decode_tokens, timing.decode_seconds = timing.decode_tokens + 1, timing.decode_seconds + seconds
         self._left -= 1
@@ -103,26 +107,86 @@ class TokenStream(Iterator[int]):
             self._stop("eos")
         return token
 
+    def close(self) -> None:
+        """End the text here."""
+        if not self.stopped_by:
+            self._stop("closed")
+
     def _stop(self, reason: str) -> None:
         self.stopped_by = reason
-        del self._cache
+        if isinstance(self._source, _Static):
+            self._source.release()
+        self._source = None
 
 
-@contextmanager
-def _no_attention_plans() -> Iterator[None]:
-    """Without cuDNN's attention: it builds a plan for every new length of the cache, which is every token.
+class _Dynamic:
+    """A growing cache, one call of the model a token."""
 
-    On an H200 a decode step of the demo model took 53 ms with it and 2.9 ms without.
-    """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+    how, why = "dynamic", ""
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, sampling: Sampling, draws: Tensor) -> None:
+        self._model, self._sampling, self._draws = model, sampling, draws
+        self._cache = DynamicCache(config=model.config)
+        self._next_input, self._index = prompt, 0
+
+    def next(self, *, more: bool) -> tuple[int, float]:
+        with torch.inference_mode(), without_attention_plans():
+            logits = self._model(
+                input_ids=self._next_input, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+            token, best = self._sampling.pick(logits, self._draws[self._index])
+            self._index, self._next_input = self._index + 1, token[:, None]
+            return int(token), float(best)  # waits for the device
 
 
-def generate_tokens(
+class _Static:
+    """A decoder: called step by step, or replayed one step ahead of what is asked for."""
+
+    why = ""
+
+    def __init__(self, decoder: Decoder, prompt: Tensor, draws: Tensor, *, graph: bool) -> None:
+        self._decoder, self._prompt, self._draws, self._graph = decoder, prompt, draws, graph
+        self._results = Results(decoder)
+        self._given = 0
+
+    @property
+    def how(self) -> str:
+        return "static" if self._decoder.graph is None else "graph"
+
+    def next(self, *, more: bool) -> tuple[int, float]:
+        decoder, results = self._decoder, self._results
+        if self._given == 0:
+            decoder.prefill(self._prompt, self._draws)
+            results.fetch()
+            result = results.get(0)
+        else:
+            if results.queued <= self._given:
+                self._queue()
+            if more and self._graph:
+                self._queue()
+            result = results.get(self._given)
+        self._given += 1
+        return result
+
+    def release(self) -> None:
+        """Leave the decoder to the next request; a step that was queued ahead is forgotten by its prefill."""
+        keep(self._decoder)
+
+    def _queue(self) -> None:
+        decoder = self._decoder
+        if self._graph and decoder.graph is None:
+            try:
+                decoder.capture()
+            except Exception as error:  # whatever a model does that a graph can't hold
+                self._graph, self.why = False, f"no graph: {type(error).__name__}: {str(error).splitlines()[0]}"
+        decoder.step()
+        self._results.fetch()
+
+
+CACHES = ("auto", "graph", "static", "dynamic")
+
+
+def generate(
     model: PreTrainedModel,
     input_ids: Ids,
     *,
@@ -132,8 +196,14 @@ def generate_tokens(
     top_p: float | None = None,
     seed: int | None = None,
     eos: int | Collection[int] | None = None,
+    cache: str = "auto",
+    sinks: int = 4,
+    window: int | None = None,
 ) -> TokenStream:
-    """Continue one prompt, with a growing key-value cache.
+    """Continue one prompt.
+
+    On CUDA the steps after the prompt are replays of one CUDA graph over a key-value cache of static shapes, and tokens
+    are picked on the device; the graph is kept with the model for the next request of the same length and sampling.
 
     Args:
         model: a causal language model, in eval mode.
@@ -144,16 +214,21 @@ def generate_tokens(
         top_p: sample among the likeliest whose probabilities reach ``top_p``.
         seed: of the sampling; the draws are made on the CPU, so one seed gives the same draws on every device.
         eos: token or tokens that end the text; the one met is returned as the last.
+        cache: ``"graph"`` (CUDA only), ``"static"`` (the same without the graph), ``"dynamic"`` (grows with the text),
+            or ``"auto"``: a graph on CUDA where the model allows it, else dynamic, or static with a ``window``.
+        sinks, window: with a ``window``, attend to the first ``sinks`` and the ``window`` most recent tokens only: the
+            text may be of any length, in constant memory (:class:`~nybble.models.streaming.StreamingCache`).
 
     Returns:
-        An iterator over token ids with ``timing`` and ``stopped_by``.
+        An iterator over token ids with ``timing``, ``stopped_by``, ``how`` and ``why``.
 
     Raises:
-        TypeError, ValueError: an argument; or the text would pass the positions that the model has.
+        TypeError, ValueError: an argument; or without a window the text would pass the positions that the model has.
+        UnsupportedError: the model can't decode in the way asked for.
         FloatingPointError: while iterating, when the logits are not finite.
     """
-    op = "generate_tokens"
-    prompt = _ids(op, input_ids)[None].to(_device(model))
+    op = "generate"
+    prompt = ids_of(op, input_ids)[None].to(device_of(model))
     for name, value, low in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise wrong_type(op, name, "an int", type(value).__name__)
@@ -163,8 +238,10 @@ def generate_tokens(
         raise wrong_value(op, "temperature", "0 (greedy) or a positive number", temperature)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise wrong_value(op, "top_p", "above 0 and at most 1", top_p)
+    if cache not in CACHES:
+        raise wrong_value(op, "cache", f"one of {list(CACHES)}", repr(cache))
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and prompt.shape[1] + max_new_tokens > positions:
+    if window is None and positions is not None and prompt.shape[1] + max_new_tokens > positions:
         raise wrong_value(
             op,
             "max_new_tokens",
@@ -172,46 +249,37 @@ def generate_tokens(
             max_new_tokens,
             f"The model has {positions} positions.",
         )
+    cuda, why = prompt.device.type == "cuda", why_not_static(model)
+    if cache == "graph" and not cuda:
+        raise UnsupportedError(f"{op}: cache='graph' needs a CUDA device; the model is on {prompt.device}.")
+    if why and cache in ("graph", "static"):
+        raise UnsupportedError(f"{op}: cache={cache!r} can't be used: {why}.")
+    if window is not None and cache == "dynamic":
+        raise wrong_value(op, "cache", "anything but 'dynamic' with a window", repr(cache))
+    if cache == "auto":
+        cache = "graph" if cuda and not why else "static" if window is not None else "dynamic"
     ends = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
-    pick = _sampler(prompt, temperature, top_k, top_p, seed) if temperature else _greedy
-    return TokenStream(model, prompt, max_new_tokens, pick, ends)
-
-
-def _greedy(logits: Tensor) -> int:
-    best, index = logits[0].max(-1)
-    _check_finite(best)
-    return int(index)
-
-
-def _sampler(
-    prompt: Tensor, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
-) -> Callable[[Tensor], int]:
-    warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))]
-    if top_k is not None:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1.0:
-        warpers.append(TopPLogitsWarper(top_p))
-    chain = LogitsProcessorList(warpers)
+    sampling = Sampling(float(temperature), top_k, top_p) if temperature else Sampling()
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-
-    def pick(logits: Tensor) -> int:
-        _check_finite(logits.max())
-        warped = chain(prompt, logits.float())  # type: ignore[arg-type]
-        return int(torch.multinomial(warped.softmax(-1)[0].cpu(), 1, generator=generator))
-
-    return pick
-
-
-def _check_finite(best: Tensor) -> None:
-    if not math.isfinite(float(best)):
-        raise FloatingPointError(
-            f"generate_tokens: the largest logit is {float(best)}. The activations have overflowed or the checkpoint "
-            "holds bad values; if the dtype is float16, load with dtype=torch.bfloat16."
-        )
+    draws = torch.rand(max(1, max_new_tokens), 1, generator=generator)
+    source: _Dynamic | _Static
+    if cache == "dynamic":
+        source = _Dynamic(model, prompt, sampling, draws.to(prompt.device))
+    else:
+        capacity = slots_for(max(1, max_new_tokens), None)
+        if window is None:
+            slots = slots_for(prompt.shape[1] + max_new_tokens, positions)
+            layers = model.config.num_hidden_layers
+            key, make = (slots,), partial(RingCache, layers, slots)
+        else:
+            key, make = (sinks, window), partial(StreamingCache, model, sinks=sinks, window=window)
+        decoder = decoder_for(model, make, key, batch=1, capacity=capacity, sampling=sampling)
+        source = _Static(decoder, prompt, draws, graph=cache == "graph")
+    return TokenStream(prompt, max_new_tokens, source, ends, cache, why)
 
 
 def stream_text(tokenizer: Any, tokens: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
@@ -219,7 +287,7 @@ def stream_text(tokenizer: Any, tokens: Iterable[int], prompt: Sequence[int] = (
 
     Args:
         tokenizer: one of transformers with a fast backend, or a :class:`tokenizers.Tokenizer`.
-        tokens: ids, such as :func:`generate_tokens` gives.
+        tokens: ids, such as :func:`generate` gives.
         prompt: the ids before them; some tokenizers decode the first token by what it follows.
 
     Yields:
@@ -243,88 +311,7 @@ def stream_text(tokenizer: Any, tokens: Iterable[int], prompt: Sequence[int] = (
         yield rest
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text.
-
-    Attributes:
-        nll: sum of the tokens' negative log-likelihoods, in nats.
-        tokens: how many were scored: all but the first.
-        seconds: time in the model.
-    """
-
-    nll: float
-    tokens: int
-    seconds: float
-
-    @property
-    def ppl(self) -> float:
-        """``exp(nll / tokens)``."""
-        mean = self.nll / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
-
-
-def perplexity(
-    model: PreTrainedModel,
-    ids: Ids,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Perplexity:
-    """The perplexity of a token stream, by a window that slides over it.
-
-    Each token but the first is scored exactly once, with at least ``window - stride`` tokens before it where the
-    stream has them.
-
-    Args:
-        model: a causal language model, in eval mode.
-        ids: ``[tokens]`` or ``[1, tokens]``, at least two.
-        window: tokens the model sees at once; default what its positions allow, at most 2048.
-        stride: how far the window moves, 1 to ``window``; default half of it.
-        progress: called with (tokens scored, tokens to score) after every window.
-
-    Returns:
-        The sum of negative log-likelihoods, the number of tokens, the perplexity and the time.
-
-    Raises:
-        TypeError, ValueError: an argument.
-
-    Numerics: log-softmax in float32, the sum in float64.
-    """
-    op = "perplexity"
-    stream = _ids(op, ids)
-    if len(stream) < 2:
-        raise wrong_value(op, "ids", "at least 2 tokens", len(stream), "The first token has nothing to predict it.")
-    positions = getattr(model.config, "max_position_embeddings", None) or 2048
-    width = min(positions, 2048) if window is None else window
-    if not 1 <= width <= positions:
-        raise wrong_value(op, "window", f"1 to {positions}, the positions of the model", width)
-    step = max(1, width // 2) if stride is None else stride
-    if not 1 <= step <= width:
-        raise wrong_value(op, "stride", f"1 to window = {width}", step)
-
-    stream = stream.to(_device(model))
-    total, done, nll = len(stream) - 1, 0, 0.0
-    started = _now(stream.device)
-    with torch.inference_mode():
-        for begin in range(0, total, step):
-            end = min(begin + width, total)  # predicts tokens begin + 1 .. end
-            fresh = end - done
-            logits = model(input_ids=stream[None, begin:end], use_cache=False, logits_to_keep=fresh).logits[0]
-            targets = stream[done + 1 : end + 1]
-            # reduced in float64: thousands of float32 terms would lose digits
-            losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-            nll += float(losses.double().sum())
-            done = end
-            if progress:
-                progress(done, total)
-            if done == total:
-                break
-    return Perplexity(nll, total, time.perf_counter() - started)
-
-
-def _ids(op: str, ids: Ids) -> Tensor:
+def ids_of(op: str, ids: Ids) -> Tensor:
     """int64 ``[tokens]``."""
     tensor: Tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
     if tensor.dtype not in (torch.int64, torch.int32):
@@ -334,14 +321,3 @@ def _ids(op: str, ids: Ids) -> Tensor:
     if tensor.numel() == 0:
         raise wrong_value(op, "ids", "at least one token", 0)
     return tensor.reshape(-1).long()
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device  # type: ignore[union-attr, return-value]
-
-
-def _now(device: torch.device) -> float:
-    """The host's clock once the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

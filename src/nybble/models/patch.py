@@ -6,22 +6,15 @@ Only instances change: another model of the same class in the same process keeps
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2Model
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXModel
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from nybble.models import neox, norms
-from nybble.runtime.errors import wrong_type
+from nybble.models import decoder
+from nybble.runtime.errors import wrong_type, wrong_value
 
-SWAPPED = (LlamaModel, Qwen2Model, Qwen3Model, GPT2Model)
-"""Base models whose norm modules are replaced one by one, the additions between them left alone."""
-
-_KNOWN = ", ".join(cls.__name__ for cls in (GPTNeoXModel, *SWAPPED))
+_KNOWN = ", ".join(cls.__name__ for cls in decoder.FAMILIES)
 
 Entries = list[tuple[str, str]]
 
@@ -54,17 +47,29 @@ class Report:
     def calls(self) -> dict[str, int]:
         """How often each of Nybble's functions has run in this model since it was fused, by name.
 
-        Calls inside a graph that ``torch.compile`` made are not seen.
+        Calls inside a graph that ``torch.compile`` made are not seen; those of a CUDA graph count when it is captured.
         """
         return dict(self._counter)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, every call takes the model's original forward."""
+        plans = [m.__dict__[decoder.PLAN] for m in self._model.modules() if decoder.PLAN in m.__dict__]
+        for plan in plans:
+            plan.paused = True
+        try:
+            yield
+        finally:
+            for plan in plans:
+                plan.paused = False
+
     def undo(self) -> None:
-        """Put the model back exactly: the original classes and forwards, no attribute left over. Again is harmless."""
+        """Put the model back exactly: the original forwards, tensors of their own, no attribute left over.
+
+        Again is harmless.
+        """
         for module in self._model.modules():
-            if neox.is_patched(module):
-                del module.__dict__["forward"]
-            module.__class__ = norms.ORIGINAL.get(type(module), type(module))
-            module.__dict__.pop(norms.COUNTER, None)
+            decoder.unpatch(module)
 
     def __str__(self) -> str:
         parts = []
@@ -82,44 +87,48 @@ class Report:
         return f"Report(replaced={len(self.replaced)}, refused={len(self.refused)}, calls={self.calls()})"
 
 
-def fuse(model: nn.Module) -> Report:
-    """Replace the norms of a Hugging Face model, and where possible the residual additions, by fused operations.
+def fuse(model: nn.Module, *, without: Collection[str] = ()) -> Report:
+    """Let a Hugging Face model run Nybble's fused operations: norms, residual additions, projections, activations.
 
-    GPT-NeoX: the residual additions are carried across the layers into ``add_dual_layernorm`` (parallel residual) or
-    ``add_layernorm``. Llama, Qwen2, Qwen3 and GPT-2: the norms alone. A call that the fused path can't serve (training,
-    gradients, ``output_hidden_states``, ``output_attentions``, hooks on a layer, autocast) takes the original one.
+    GPT-NeoX, Llama, Qwen2, Qwen3 and GPT-2. Each residual addition goes with the norm after it, in the same layer or
+    the next (``add_rmsnorm``, ``add_layernorm``, ``add_dual_layernorm``). Query, key and value projections become one
+    product, gate and up another; the layers' parameters become views of the joined ones, so that no memory is added.
+    Where the projections are 4-bit, the norm before them, the activation and the residual addition after them are part
+    of their launch. A call that the fused path can't serve (training, gradients, ``output_hidden_states``,
+    ``output_attentions``, ``token_type_ids``, a hook on what is not called as a module any more, autocast) takes the
+    original one.
 
     Args:
-        model: a Hugging Face model, or a module that holds one. It is changed in place; its parameters are not.
+        model: a Hugging Face model, or a module that holds one. It is changed in place; its parameters keep their
+            values.
+        without: fusions to leave out, for comparison: ``"carry"`` (residual addition and norm in one kernel),
+            ``"qkv"``, ``"gate_up"`` (projections as one), ``"prologue"`` (the norm inside a 4-bit product),
+            ``"epilogue"`` (activation and residual inside it).
 
     Returns:
         What was replaced, and what was refused and why. A model of an unknown kind comes back unchanged, with the
         refusal in the report; so does one that is fused already.
 
     Raises:
-        TypeError: ``model`` is not a torch module.
+        TypeError: ``model`` is not a torch module. ValueError: ``without`` names something else.
 
     Numerics: sums are normalised before they are rounded; float32 logits agree with the original's to 1e-4.
     """
     if not isinstance(model, nn.Module):
         raise wrong_type("fuse", "model", "a torch.nn.Module", type(model).__name__)
-    earlier = next((m.__dict__[norms.COUNTER] for m in model.modules() if norms.COUNTER in m.__dict__), None)
+    if isinstance(without, str) or not set(without) <= set(decoder.FUSIONS):
+        raise wrong_value("fuse", "without", f"some of {list(decoder.FUSIONS)}", repr(without))
+    earlier = next((m.__dict__[decoder.COUNTER] for m in model.modules() if decoder.COUNTER in m.__dict__), None)
     if earlier is not None:
         return Report(model, [], [("", "already fused; nothing changed")], earlier, already_fused=True)
     counter: Counter[str] = Counter()
     replaced: Entries = []
     refused: Entries = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, GPTNeoXModel):
-            reason = _not_exactly(module, GPTNeoXModel) or neox.refusal(module)
+        if isinstance(module, tuple(decoder.FAMILIES)):
+            reason = decoder.refusal(module)
             if reason is None:
-                replaced += _under(name, neox.patch(module, counter))
-            else:
-                refused.append((name, reason))
-        elif isinstance(module, SWAPPED):
-            reason = _not_exactly(module, *SWAPPED)
-            if reason is None:
-                done, kept = _swap_norms(module, counter)
+                done, kept = decoder.patch(module, counter, without)
                 replaced += _under(name, done)
                 refused += _under(name, kept)
             else:
@@ -127,28 +136,6 @@ def fuse(model: nn.Module) -> Report:
     if not replaced and not refused:
         refused.append(("", f"{type(model).__name__} holds no model that fuse knows ({_KNOWN})"))
     return Report(model, replaced, refused, counter)
-
-
-def _not_exactly(module: nn.Module, *classes: type[nn.Module]) -> str | None:
-    if type(module) in classes:
-        return None
-    return f"{type(module).__name__} is a subclass of a known model; its forward may differ"
-
-
-def _swap_norms(model: nn.Module, counter: Counter[str]) -> tuple[Entries, Entries]:
-    replaced: Entries = []
-    refused: Entries = []
-    for name, module in model.named_modules():
-        if type(module) in norms.FUSED:
-            reason = norms.refusal(module)
-            if reason is None:
-                replaced.append((name, norms.swap(module, counter)))
-            else:
-                refused.append((name, reason))
-    layers = next((n for n, m in model.named_children() if isinstance(m, nn.ModuleList)), "")
-    reason = f"residual additions stay separate: fused across layers for GPT-NeoX, not yet for {type(model).__name__}"
-    refused.append((layers, reason))
-    return replaced, refused
 
 
 def _under(prefix: str, entries: Entries) -> Entries:
