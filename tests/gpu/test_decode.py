@@ -34,7 +34,7 @@ def test_a_graph_gives_the_tokens_of_its_step(fused: bool, dtype: torch.dtype, h
         nybble.fuse(model)
     stream = nybble.generate(model, PROMPT, max_new_tokens=100, cache="graph", **how)
     graph = list(stream)
-    assert stream.how == "graph" and stream.why == ""
+    assert (stream.how, stream.why) == ("graph", "")
     release_decoders(model)
     assert list(nybble.generate(model, PROMPT, max_new_tokens=100, cache="static", **how)) == graph
     again = nybble.generate(model, PROMPT, max_new_tokens=100, **how)

@@ -181,8 +181,8 @@ class Decoder:
         self.graph = graph
 
     def _state(self) -> tuple[Tensor, ...]:
-        ring = self.cache.ring
-        return self.token, self.index, self.tokens, self.best, ring.seen, ring.base
+        ring, logits = self.cache.ring, () if self.logits is None else (self.logits,)
+        return self.token, self.index, self.tokens, self.best, ring.seen, ring.base, *logits
 
     def _restore(self, kept: list[Tensor]) -> None:
         for tensor, value in zip(self._state(), kept, strict=True):
