@@ -24,6 +24,8 @@ test-gpu sanitize bench: export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$
 endif
 SANITIZER ?= $(or $(shell command -v compute-sanitizer),$(wildcard /usr/local/cuda/bin/compute-sanitizer),compute-sanitizer)
 
+KERNELS = $(shell grep -hoE '^[a-z0-9_]+_kernel' src/nybble/ops/*/*.cu | sort -u)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test docs gate snapshot lint format types hooks test-gpu sanitize bench plots clean
 
@@ -92,7 +94,7 @@ test-gpu: $(GPU_SETUP)  ## the tests of tests/gpu; fails where there is no CUDA 
 # cuda-bindings asks the driver for entry points that older drivers lack, and handles the answer.
 sanitize: $(GPU_SETUP)  ## compute-sanitizer over the kernels: memcheck, then racecheck
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no --error-exitcode 1 $(GPU_PY) tests/gpu/sanitize.py
-	$(SANITIZER) --tool racecheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitize.py
+	$(SANITIZER) --tool racecheck --error-exitcode 1 $(addprefix --kernel-name kernel_name=,$(KERNELS)) $(GPU_PY) tests/gpu/sanitize.py --every-lane
 
 bench: $(GPU_SETUP)  ## time the operations against their peers (ARGS="w4a16 --save" keeps the rows in results/)
 	$(GPU_PY) -m nybble bench run $(ARGS)

@@ -1,9 +1,10 @@
 """One launch of every kind of specialisation, small, and checked: the program that compute-sanitizer watches.
 
 compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitize.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py w4a16 q4_0
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py --every-lane w4a16 q4_0
 
-Operations named on the command line are the only ones that run; ``forms`` is every form of w4a16's gemm.cu.
+Operations named on the command line are the only ones that run; ``forms`` is every form of w4a16's gemm.cu. With
+``--every-lane`` kernels are built so that racecheck can follow their barriers (device/arrive.cuh).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nybble.ops.q4_0.cases import Q4Case
 from nybble.ops.w4a4.cases import W4A4Case
 from nybble.ops.w4a16 import cost, op
 from nybble.ops.w4a16.cases import W4A16Case
+from nybble.runtime import build
 from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import current
 
@@ -92,7 +94,10 @@ def check_forms() -> int:
 
 
 def main() -> None:
-    chosen = set(sys.argv[1:]) or {"forms", *(case.op for case, _ in CASES)}
+    names = set(sys.argv[1:])
+    if "--every-lane" in names:
+        build.DEFINES.append("EVERY_LANE_ARRIVES")
+    chosen = names - {"--every-lane"} or {"forms", *(case.op for case, _ in CASES)}
     cases = [(case, variant) for case, variant in CASES if case.op in chosen]
     for case, variant in cases:
         if isinstance(case, NormCase):

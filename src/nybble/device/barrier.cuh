@@ -21,9 +21,14 @@ __device__ __forceinline__ void barrier_expect(Barrier* at, int bytes) {
 
 // One arrival at the same barrier of block `rank` of the cluster. PTX ISA, "mbarrier.arrive". Relaxed: a release would wait
 // for all loads and copies in flight. What the caller has read before, and used, it has read.
+#ifdef EVERY_LANE_ARRIVES  // for racecheck, which would call relaxed arrivals no order (arrive.cuh)
+#define REMOTE_ARRIVAL "release"
+#else
+#define REMOTE_ARRIVAL "relaxed"
+#endif
 __device__ __forceinline__ void barrier_arrive(Barrier* at, int rank) {
     asm volatile("{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                 "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(
+                 "mbarrier.arrive." REMOTE_ARRIVAL ".cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(
                      static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank)
                  : "memory");
 }

@@ -20,6 +20,8 @@ from nybble.runtime import settings, source
 from nybble.runtime.errors import CompileError
 
 MAX_CACHE_BYTES = 512 << 20
+DEFINES: list[str] = []
+"""Macros of every kernel, for tests/gpu/sanitize.py."""
 
 
 class Resources(NamedTuple):
@@ -68,6 +70,7 @@ def _options(arch: str) -> Any:
     return import_module("cuda.core").ProgramOptions(
         arch=arch,
         std="c++17",
+        define_macro=DEFINES or None,
         lineinfo=True,
         include_path=list(source.include_paths()),
         ptxas_options=["-v"],

@@ -24,6 +24,7 @@
 //               time, dividing TILE_M; BUFFERS: 1..2; BLOCKS: on an SM
 // Roof          few rows: N * K / 2 bytes of weights; many: two fused multiply-adds for 32 products, 4 an SM and cycle
 // Source        own work; the formats are llama.cpp's (MIT).
+#include "arrive.cuh"
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
@@ -132,9 +133,9 @@ q4_0_kernel(const void* __restrict__ x, const uint4* __restrict__ qweight, const
         const bool asks = elected();
         if (asks) {
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WARPS);
+            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WARPS * ARRIVALS);
 #pragma unroll
-            for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * WARPS);
+            for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * WARPS * ARRIVALS);
             barrier_init_done();
             while (turn == 0 && job < last_job && units > 0) ask();
         }
@@ -235,7 +236,7 @@ q4_0_kernel(const void* __restrict__ x, const uint4* __restrict__ qweight, const
         }
         __syncwarp();
         // Not after the last steps: nobody waits for it, and the other block might be gone.
-        if (lane < CLUSTER && step + BUFFERS < steps) barrier_arrive(stored + step % BUFFERS, lane);
+        if (step + BUFFERS < steps) warp_arrive_at<CLUSTER>(stored + step % BUFFERS, lane);
     };
 
     // Phase 3: the product, job after job.
@@ -309,7 +310,7 @@ q4_0_kernel(const void* __restrict__ x, const uint4* __restrict__ qweight, const
                 }
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(used + slot);  // this warp has read the stage
+            warp_arrive(used + slot, lane);  // this warp has read the stage
             if (++slot == AHEAD) slot = 0, turn ^= 1;
         }
 

@@ -29,6 +29,7 @@
 //               has features of up)
 // Roof          the larger of N * K * BITS / 8 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
+#include "arrive.cuh"
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
@@ -113,8 +114,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WIDE * THREADS / 32);
-        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4), barrier_init(taken, WAYS * TEAMS * 4);
+        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WIDE * THREADS / 32 * ARRIVALS);
+        barrier_init(summed, 1 + (SLICES - 1) * TEAMS * 4 * ARRIVALS), barrier_init(taken, WAYS * TEAMS * 4 * ARRIVALS);
         barrier_init_done();
     }
     __syncthreads();
@@ -259,8 +260,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             if (++slot == AHEAD) slot = 0, turn ^= 1;
             // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
             auto release = [&](int slot_read, int number) {
-                if (WIDE == 1 && lane == 0) barrier_arrive(used + slot_read);
-                if (WIDE > 1 && lane < CLUSTER && number + AHEAD <= all) barrier_arrive(used + slot_read, lane);
+                if (WIDE == 1) warp_arrive(used + slot_read, lane);
+                if (WIDE > 1 && number + AHEAD <= all) warp_arrive_at<CLUSTER>(used + slot_read, lane);
             };
             if constexpr (FOLD) {  // the tensor cores add up all of K; a stage has been read when the next one's first products wait
 #pragma unroll
@@ -445,7 +446,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             }
             if (slice > 0) {
                 __syncwarp();
-                if (lane == 0) barrier_arrive(summed);
+                warp_arrive(summed, lane);
             } else {
                 barrier_wait(summed, step % 2);
                 if (done < all) expect();
@@ -453,8 +454,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 for (int source = 0; source < SOURCES - 1; ++source)
                     add_part(own, sums + ((source * TEAMS + team) * 4 + strip) * (OWN_M / 8) * 128 + lane * 4, OWN_M / 8);
                 __syncwarp();
-                if (done < all && WAYS > 1 && lane < WAYS) barrier_arrive(taken, lane);
-                if (done < all && WAYS == 1 && lane == 0) barrier_arrive(taken);
+                if (done < all && WAYS > 1) warp_arrive_at<WAYS>(taken, lane);
+                if (done < all && WAYS == 1) warp_arrive(taken, lane);
                 store(own, rank_k * OWN_M);
             }
             ++step;

@@ -24,6 +24,7 @@
 //               1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
 // Roof          N * K * BITS / 8 bytes of weights up to about 32 rows; beyond, the exchange of sums
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
+#include "arrive.cuh"
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
@@ -112,9 +113,9 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         const bool asks = elected();
         if (asks) {
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, THREADS / 32);
+            for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, WARPS * ARRIVALS);
 #pragma unroll
-            for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * THREADS / 32);
+            for (int b = 0; b < BUFFERS; ++b) barrier_init(summed + b, 1), barrier_init(stored + b, CLUSTER * WARPS * ARRIVALS);
             barrier_init(measured, 1);
             barrier_init_done();
             while (turn == 0 && tile_asked < TILES && units > 0) ask();
@@ -307,7 +308,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         }
         __syncwarp();
         // Not after the last steps: nobody waits for it, and the other block might be gone.
-        if (lane < CLUSTER && step + BUFFERS < steps) barrier_arrive(stored + step % BUFFERS, lane);
+        if (step + BUFFERS < steps) warp_arrive_at<CLUSTER>(stored + step % BUFFERS, lane);
     };
 
     // Phase 4: the product, tile after tile.
@@ -363,7 +364,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                                          x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16, step % STEPS != 0);
                     }
                     wgmma_commit();
-                    if (first == 0 && lane == 0) barrier_arrive(used + slot);  // this warp has read the stage
+                    if (first == 0) warp_arrive(used + slot, lane);  // this warp has read the stage
                     wgmma_wait<0>();
 #pragma unroll
                     for (int p = 0; p < TOGETHER; ++p) {
@@ -372,8 +373,8 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
                         for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[first + p][i / 2 % 2] * part[p][i];
                     }
                 }
-            } else if (lane == 0) {
-                barrier_arrive(used + slot);
+            } else {
+                warp_arrive(used + slot, lane);
             }
             if (++slot == AHEAD) slot = 0, turn ^= 1;
         }

@@ -18,6 +18,7 @@
 //               4, of TILE_M 128 and 256 up to 2; CLUSTER: 1, 2; AHEAD: stages; BIAS: 0/1; SHARED: bytes
 // Roof          the larger of N * K / 2 bytes of weights and 2 M N K operations of int8
 // Source        own work
+#include "arrive.cuh"
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
@@ -61,7 +62,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, CLUSTER * THREADS / 32);
+        for (int i = 0; i < AHEAD; ++i) barrier_init(filled + i, 1), barrier_init(used + i, CLUSTER * THREADS / 32 * ARRIVALS);
         barrier_init_done();
     }
     __syncthreads();
@@ -155,8 +156,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             if (++slot == AHEAD) slot = 0, turn ^= 1;
             // Every block of the cluster writes x here. Not after the last stages: nobody waits, and it might be gone.
             auto release = [&](int slot_read, int number) {
-                if (CLUSTER == 1 && lane == 0) barrier_arrive(used + slot_read);
-                if (CLUSTER > 1 && lane < CLUSTER && number + AHEAD <= all) barrier_arrive(used + slot_read, lane);
+                if (CLUSTER == 1) warp_arrive(used + slot_read, lane);
+                if (CLUSTER > 1 && number + AHEAD <= all) warp_arrive_at<CLUSTER>(used + slot_read, lane);
             };
             // A stage has been read when the next one's first products wait.
 #pragma unroll
