@@ -99,9 +99,9 @@ class TokenStream(Iterator[int]):
             )
         if self._first:
             timing.prompt_seconds, self._first = seconds, False
-            self.how, self.why = self._source.how, self.why or self._source.why
         else:
             timing.decode_tokens, timing.decode_seconds = timing.decode_tokens + 1, timing.decode_seconds + seconds
+        self.how, self.why = self._source.how, self.why or self._source.why  # a graph comes with the second token
         self._left -= 1
         if token in self._eos:
             self._stop("eos")
