@@ -239,6 +239,7 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(260, 200, 712, 64, BRAIN, symmetric=False, bias=True), (256, 1, 1, 2, 1, 0), 2, 2),
     (W4A16Case(256, 128, 456, 16, symmetric=False, activation="gelu"), (256, 1, 1, 1, 1, 0), 2, 1),
     (W4A16Case(300, 256, 512), (256, 2, 1, 1, 1, 1), 2, 3),
+    (W4A16Case(1300, 200, 256), (256, 1, 1, 1, 1, 0), 2, 3),  # a band of four tiles of rows, and one of two
     (W4A16Case(260, 520, 968, 64, BRAIN, bias=True), (256, 2, 1, 2, 1, 1), 2, 3),
     (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
     (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
@@ -299,7 +300,7 @@ def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
 def test_a_result_of_many_rows_in_planes(splits: tuple[int, ...]) -> None:
-    many(W4A16Case(20, 192, 256, bias=True), (32, 3, 1, 2, 2, 0), 1, 1, splits)
+    many(W4A16Case(20, 192, 256, bias=True), (32, 3, 1, 2, 2, 0), 2, 1, splits)
 
 
 # --- llama.cpp's Q4_0 ---
