@@ -91,6 +91,7 @@ static_assert(BYTES <= SHARED, "the launch must ask for this much shared memory"
 constexpr int FLAG_BYTES = 16384;  // of the workspace
 
 struct Piece { int tile, from, upto; };  // stages of a tile
+struct Place { int n, m; };  // of a tile, along the features and along the rows
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ qweight, const S* __restrict__ scales,
@@ -108,6 +109,13 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const int team = warp / 4 % TEAMS, slice = warp / (4 * TEAMS), strip = warp % 4;  // the same in all lanes: no register of a lane
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
     const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
+    // Tiles go down up to four along the rows, then on along the features, then to the next band of rows: what runs at a time
+    // reads the least of x and of the weight together, as a tile of x has four times the bytes of a tile of weights.
+    auto place_of = [](int tile, int tiles_m) {
+        const int band = tile / (4 * TILES_N), height = min(4, tiles_m - band * 4), in_band = tile - band * (4 * TILES_N);
+        const int n = height == 3 ? in_band / 3 : in_band >> height / 2;  // in_band / height, by constants
+        return Place{n, band * 4 + in_band - n * height};
+    };
     const int wide_rank = rank / WAYS, rank_k = rank % WAYS;
     const int first_unit = rank_k * BLOCK_UNITS, units = min(BLOCK_UNITS, UNITS - first_unit);
     const int stages = WAYS == 1 ? STAGES : (units + SLICES - 1) / SLICES;
@@ -154,7 +162,8 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         auto turn_to = [&](int i) {
             const Piece next = piece_of(i);
             piece = i, stage = next.from, upto = next.upto;
-            n_tile = next.tile / tiles_m, row = next.tile % tiles_m * TILE_M + wide_rank * SHARE_M;
+            const Place at = place_of(next.tile, tiles_m);
+            n_tile = at.n, row = at.m * TILE_M + wide_rank * SHARE_M;
         };
         auto begin = [&] { turn_to(0), slot = turn = asked = 0; };
         auto next = [&] {
@@ -332,16 +341,17 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
 
         // Results, PASS rows at a time: from the tensor cores' fragments to rows in shared memory, and on. Warpgroups that
         // have gate and up go together.
-        const int n_tile = tile / tiles_m;
-        unsigned index = threadIdx.x;  // read again: what is computed from it would keep registers through the product
-        pin(index);
+        unsigned index = threadIdx.x, rows_again = rows;  // what is computed from them would keep registers through the product
+        pin(index), pin(rows_again);
+        const Place place_of_tile = place_of(tile, (rows_again + TILE_M - 1) / TILE_M);
+        const int n_tile = place_of_tile.n, m_tile = place_of_tile.m;
         const int lane = index % 32, row8 = lane / 4;
         auto store = [&](const auto& values, int from_row) {  // from_row: of the tile
             if constexpr (ACT != SILU_MUL && !RESIDUAL && same<X, Y>) {
                 // Rounded in registers, turned around by stmatrix: half the bytes and a quarter of the instructions.
                 constexpr int HELD = sizeof(values) / 2, STEP = HELD < 2 * PASS ? HELD : 2 * PASS;  // rows
                 X* const place = reinterpret_cast<X*>(results + team * PASS * PAD);  // [STEP][64], swizzled
-                const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + from_row;
+                const long long first_row = static_cast<long long>(m_tile) * TILE_M + from_row;
                 const int first = features_of(n_tile, team) * 64, own = first + strip * 16 + row8, thread = index % 128;
                 float bias_of[2] = {};  // of features g and g + 8
                 if constexpr (BIAS) {
@@ -383,7 +393,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             float* const place = results + team * PASS * PAD;
             const float* const gate = results + team / SHARERS * SHARERS * PASS * PAD;
             const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
-            const long long first_row = static_cast<long long>(tile % tiles_m) * TILE_M + from_row;
+            const long long first_row = static_cast<long long>(m_tile) * TILE_M + from_row;
             // A thread has the same four features of every eighth row, so it looks once which plane they are in.
             const int row0 = thread / 16, column = thread % 16 * 4;
             const int feature = column + (ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 : features_of(n_tile, team)) * 64;
