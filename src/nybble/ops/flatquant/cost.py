@@ -1,4 +1,4 @@
-"""Which form of the FlatQuant kernel runs: columns a warp, tokens a block, and what fits in shared memory."""
+"""Which FlatQuant kernel runs and in which form: columns a warp, tokens a block, and what fits in shared memory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ LAUNCH_US = 2.2
 MMA_RATE = 0.43
 """The part of the tensor cores' fp16 rate that the kernel reaches: 58.7, 162 and 263 us for 16384 tokens of 64 x 64,
 64 x 128 and 86 x 128 on an H200."""
+
+WGMMA_US, WGMMA_RATE, MEMORY_RATE = 3.5, 0.8, 0.9
+"""The same of ``wgmma.cu``, padding being flops, and the part of the memory's bandwidth that it reaches: estimates."""
 
 
 class Spec(NamedTuple):
@@ -53,7 +56,7 @@ def _up(value: int, to: int) -> int:
 
 
 def _bytes(spec: Spec, nw: int, parts: int, groups: int, warps: int, buffers: int, resident: bool, staged: bool) -> int:
-    """Of shared memory, as ``flatquant.cu`` adds them up."""
+    """Of shared memory, as ``mma.cu`` adds them up."""
     size, wide = spec.dtype.itemsize, spec.dtype == torch.float32
     mp, nk, nc = _up(spec.m, 16), _up(spec.n, 16), _up(spec.n, nw)
     mc = parts * math.ceil(mp // 16 / parts) * 16
@@ -65,7 +68,7 @@ def _bytes(spec: Spec, nw: int, parts: int, groups: int, warps: int, buffers: in
 
 
 def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
-    """The constants of ``flatquant.cu`` for a request, beyond those it asks for itself."""
+    """The constants of ``mma.cu`` for a request, beyond those it asks for itself."""
     size, wide = spec.dtype.itemsize, spec.dtype == torch.float32
     mp, budget = _up(spec.m, 16), hardware.shared_bytes
 
@@ -112,11 +115,72 @@ def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
     return found
 
 
+REGISTERS = {64: 80, 80: 96, 128: 128, 224: 255}
+"""Of a thread of ``wgmma.cu``, by N: those that the compiler takes, up to a multiple of eight that it can be held to."""
+
+
+def hopper(
+    spec: Spec, hardware: Hardware, groups: int = 0, buffers: int = 0, blocks: int = 1
+) -> dict[str, int | bool] | str:
+    """The constants of ``wgmma.cu`` for a request, or why it can't run.
+
+    Args:
+        spec: the request. hardware: where.
+        groups, buffers: tokens a block and rooms of each; 0 for as many as fit. blocks: of an SM.
+    """
+    if hardware.capability != (9, 0):
+        return "needs the wgmma of compute capability 9.0"
+    if spec.dtype.itemsize != 2:
+        return f"needs float16 or bfloat16, got {spec.dtype}"
+    if spec.n not in REGISTERS or spec.m > 128:
+        return f"has M up to 128 and N of {sorted(REGISTERS)}, not {spec.m} and {spec.n}"
+    if not spec.aligned:
+        return "needs rows that begin at multiples of 16 bytes"
+    tiles, rows = math.ceil(spec.m / 64), _up(spec.m, 16)
+    columns = _up(spec.n, 64)
+    right, left, room = columns * spec.n * 2, rows * (64 * tiles + 8) * 2, columns * rows * 2
+    most = 65536 // REGISTERS[spec.n] // (128 * tiles) // blocks
+    groups = groups or (1 if spec.tokens <= hardware.sms else most)
+    budget = hardware.shared_bytes if blocks == 1 else hardware.shared_bytes // blocks - 1024
+    rest = right + left + groups * tiles * 16
+    buffers = buffers or (2 if rest + 2 * groups * room <= budget else 1)
+    shared = rest + groups * buffers * room
+    if groups > most or shared > budget:
+        return f"{groups} tokens a block of {shared} bytes are too many for this GPU"
+    return {"GROUPS": groups, "BUFFERS": buffers, "BLOCKS": blocks, "SHARED": shared}
+
+
+def _mma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
+    config, size = shape(spec, hardware), spec.dtype.itemsize
+    if int(config["PARTS"]) > 1 and hardware.capability < (9, 0):
+        reason = f"transforms of {spec.m} and {spec.n} are too large for this GPU's registers and shared memory"
+        return Candidate("mma", (), None, reason, refused=True)
+    flops = 2 * spec.tokens * spec.m * spec.n * (spec.m + spec.n)
+    padded = _up(spec.m, 16) * _up(spec.n, int(config["NW"])) / (spec.m * spec.n)
+    maths = padded * flops / ((hardware.half_tflops or 300.0) * MMA_RATE * 1e6) * (6 if size == 4 else 1)
+    twice = 1 if math.ceil(spec.n / int(config["NW"])) * int(config["PARTS"]) <= int(config["WARPS"]) else 10
+    us = LAUNCH_US + (spec.m + spec.n) * 0.003 + max(memory, maths) * twice
+    reason = f"{config['NW']} columns a warp, {config['WARPS']} warps a token, {config['GROUPS']} tokens a block"
+    reason += "" if twice == 1 else ", piece by piece: too large for the registers of a block"
+    return Candidate("mma", tuple(config.items()), us, reason)
+
+
+def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
+    config = hopper(spec, hardware)
+    if isinstance(config, str):
+        return Candidate("wgmma", (), None, config, refused=True)
+    tiles = math.ceil(spec.m / 64)
+    flops = 2 * spec.tokens * 64 * tiles * spec.n * (_up(spec.m, 16) + spec.n)
+    maths = flops / (hardware.half_tflops * WGMMA_RATE * 1e6)
+    us = WGMMA_US + (spec.m + spec.n) * 0.003 + max(memory / MEMORY_RATE, maths)
+    reason = f"{tiles} x 64 rows a token, {config['GROUPS']} tokens a block"
+    return Candidate("wgmma", tuple(config.items()), us, reason)
+
+
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
     features, size = spec.m * spec.n, spec.dtype.itemsize
     read = (hardware.read_tbps or 1.0) if hardware else 0.02
-    flops = 2 * spec.tokens * features * (spec.m + spec.n)
     # PyTorch: two products, then about eight kernels over float32.
     eager = 28.0 + 18 * spec.tokens * features * 4 / (read * 1e6)
     reference = Candidate("reference", (), eager, "PyTorch, about a dozen kernels; what runs on a CPU")
@@ -124,19 +188,9 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
         reason = "no CUDA device"
         if hardware is not None:
             reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
-        return [Candidate("cuda", (), None, reason, refused=True), reference]
-    config = shape(spec, hardware)
-    if int(config["PARTS"]) > 1 and hardware.capability < (9, 0):
-        reason = f"transforms of {spec.m} and {spec.n} are too large for this GPU's registers and shared memory"
-        return [Candidate("cuda", (), None, reason, refused=True), reference]
+        return [*(Candidate(name, (), None, reason, refused=True) for name in ("mma", "wgmma")), reference]
     memory = spec.tokens * features * (size + spec.clips * (0.5 if spec.packed else 1.0)) / (read * 1e6)
-    padded = _up(spec.m, 16) * _up(spec.n, int(config["NW"])) / features
-    maths = padded * flops / ((hardware.half_tflops or 300.0) * MMA_RATE * 1e6) * (6 if size == 4 else 1)
-    twice = 1 if math.ceil(spec.n / int(config["NW"])) * int(config["PARTS"]) <= int(config["WARPS"]) else 10
-    us = LAUNCH_US + (spec.m + spec.n) * 0.003 + max(memory, maths) * twice
-    reason = f"{config['NW']} columns a warp, {config['WARPS']} warps a token, {config['GROUPS']} tokens a block"
-    reason += "" if twice == 1 else ", piece by piece: too large for the registers of a block"
-    return [Candidate("cuda", tuple(config.items()), us, reason), reference]
+    return [_mma(spec, hardware, memory), _wgmma(spec, hardware, memory), reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

@@ -70,7 +70,7 @@ template <int SIZE, int STRIDE, typename To> __device__ __forceinline__ void bri
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restrict__ right, unsigned char* __restrict__ q,
+mma_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restrict__ right, unsigned char* __restrict__ q,
                  float* __restrict__ scales, long long tokens, long long row_stride, double clip0, double clip1, double clip2,
                  double clip3) {
     extern __shared__ __align__(128) unsigned char shared[];
