@@ -139,7 +139,9 @@ def hopper(
     tiles, rows = math.ceil(spec.m / 64), _up(spec.m, 16)
     columns = _up(spec.n, 64)
     right, left, room = columns * spec.n * 2, rows * (64 * tiles + 8) * 2, columns * rows * 2
-    most = 65536 // REGISTERS[spec.n] // (128 * tiles) // blocks
+    # The fragments of L beside the sums of the first product, or the most that is needed later.
+    registers = max(REGISTERS[spec.n], rows // 4 + spec.n // 2 + 32)
+    most = 65536 // registers // (128 * tiles) // blocks
     groups = groups or (1 if spec.tokens <= hardware.sms else most)
     budget = hardware.shared_bytes if blocks == 1 else hardware.shared_bytes // blocks - 1024
     rest = right + left + groups * tiles * 16
