@@ -28,7 +28,7 @@ def quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel writes, in a form with some constants other than the cost model's."""
     spec = case.spec()._replace(offset=offset)
-    form = flat_cost.shape(spec, H200) if variant == "mma" else flat_cost.hopper(spec, H200)
+    form = {"mma": flat_cost.shape, "wgmma": flat_cost.hopper, "few": flat_cost.shared_out}[variant](spec, H200)
     assert isinstance(form, dict), form
     config = {**form, **changed, "SHARED": 227 << 10}
     candidate = Candidate(variant, tuple(config.items()))
@@ -36,8 +36,9 @@ def quantized(
     q.fill_(0x55), scales.fill_(float("nan"))
     ratios = [*case.clip_ratios, 1.0, 1.0, 1.0][:4]
     emulate.launch(
-        flat_op.source(spec, candidate), "qqqqqnndddd", (blocks, 1, 1), flat_op.threads(spec, candidate), *inputs, q,
-        scales, case.tokens, inputs.x.stride(0), *ratios, shared_bytes=int(config["SHARED"]),
+        flat_op.source(spec, candidate), "qqqqqnndddd", (blocks * (across := flat_op.cluster(spec, candidate)), 1, 1),
+        flat_op.threads(spec, candidate), *inputs, q, scales, case.tokens, inputs.x.stride(0), *ratios,
+        shared_bytes=int(config["SHARED"]), cluster=across,
     )  # fmt: skip
     return (q, scales) if case.clips > 1 else (q[0], scales[0])
 
@@ -90,8 +91,24 @@ def test_flatquant_on_hopper(case: FlatQuantCase, blocks: int, changed: dict[str
     within(case, inputs, quantized(case, inputs, blocks, changed, variant="wgmma"))
 
 
+FEW: list[tuple[FlatQuantCase, dict[str, Any]]] = [
+    (FlatQuantCase(2, 64, 64), {}),
+    (FlatQuantCase(1, 64, 64, packed=False), {"NW": 32}),
+    (FlatQuantCase(1, 86, 128), {}),
+    (FlatQuantCase(1, 22, 80, BRAIN, packed=False, clip=0.8), {}),
+    (FlatQuantCase(2, 2, 16, clips=3), {}),
+    (FlatQuantCase(1, 128, 224, BRAIN), {}),
+]
+
+
+@pytest.mark.parametrize(("case", "changed"), FEW, ids=lambda value: str(value)[:110])
+def test_flatquant_of_few_tokens(case: FlatQuantCase, changed: dict[str, Any]) -> None:
+    inputs = case.make()
+    within(case, inputs, quantized(case, inputs, case.tokens, changed, variant="few"))
+
+
 @pytest.mark.parametrize("deviation", [1e3, 1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("nw", [16, 64, "wgmma"])
+@pytest.mark.parametrize("nw", [16, 64, "wgmma", "few"])
 def test_nothing_overflows_or_vanishes(deviation: float, nw: int | str) -> None:
     """fp16 whose intermediate passes 65504, and down to subnormals: the power of two between the products."""
     case = FlatQuantCase(3, 16, 64, deviation=deviation)
@@ -102,29 +119,29 @@ def test_nothing_overflows_or_vanishes(deviation: float, nw: int | str) -> None:
         right = torch.ones(64, 64, dtype=HALF) / 8
         inputs = inputs._replace(right=right, left=torch.ones(16, 16, dtype=HALF) / 4)
     if isinstance(nw, str):
-        within(case, inputs, quantized(case, inputs, 1, {}, variant=nw))
+        within(case, inputs, quantized(case, inputs, case.tokens, {}, variant=nw))
     else:
         within(case, inputs, quantized(case, inputs, 1, {"NW": nw, "WARPS": 64 // nw}))
 
 
-@pytest.mark.parametrize("variant", ["mma", "wgmma"])
+@pytest.mark.parametrize("variant", ["mma", "wgmma", "few"])
 def test_offset_binary(variant: str) -> None:
     case = FlatQuantCase(3, 16, 64)
     inputs = case.make()
-    plain, binary = (quantized(case, inputs, 1, {}, variant=variant, offset=offset)[0] for offset in (False, True))
+    plain, binary = (quantized(case, inputs, case.tokens, {}, variant=variant, offset=offset)[0] for offset in (False, True))
     assert torch.equal(pack(unpack(plain), offset=True), binary)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "variant"), [(HALF, "mma"), (BRAIN, "mma"), (FLOAT, "mma"), (HALF, "wgmma"), (BRAIN, "wgmma")], ids=str
+    ("dtype", "variant"), [(HALF, "mma"), (BRAIN, "mma"), (FLOAT, "mma"), (HALF, "wgmma"), (BRAIN, "wgmma"), (HALF, "few"), (BRAIN, "few")], ids=str
 )
 def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant: str, packed: bool) -> None:
-    case = FlatQuantCase(5, 16, 64 if variant == "wgmma" else 32, dtype, packed=packed, clip=0.9)
+    case = FlatQuantCase(5, 16, 32 if variant == "mma" else 64, dtype, packed=packed, clip=0.9)
     inputs = case.make()
-    clean, clean_scales = quantized(case, inputs, 1, {}, variant=variant)
+    clean, clean_scales = quantized(case, inputs, case.tokens, {}, variant=variant)
     inputs.x[1], inputs.x[2, 100], inputs.x[3, 0] = 0.0, float("nan"), float("-inf")
-    q, scales = quantized(case, inputs, 1, {}, variant=variant)
+    q, scales = quantized(case, inputs, case.tokens, {}, variant=variant)
     assert scales[1] == 1.0
     assert scales[[2, 3]].isnan().all()
     assert not q[1:4].any()
@@ -132,14 +149,14 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant:
     assert torch.equal(scales[[0, 4]], clean_scales[[0, 4]])
 
 
-@pytest.mark.parametrize("variant", ["mma", "wgmma"])
+@pytest.mark.parametrize("variant", ["mma", "wgmma", "few"])
 def test_rows_apart(variant: str) -> None:
     case = FlatQuantCase(4, 8, 64)
     inputs = case.make()
     wide = torch.full((4, 640), float("nan"), dtype=HALF)
     wide[:, 64:576] = inputs.x
     apart = inputs._replace(x=wide[:, 64:576])
-    within(case, inputs, quantized(case, apart, 1, {}, variant=variant))
+    within(case, inputs, quantized(case, apart, case.tokens, {}, variant=variant))
 
 
 # A form (TILE_M, TEAMS, SLICES, CLUSTER), stages ahead, and how many clusters.

@@ -27,6 +27,9 @@ MMA_RATE = 0.43
 WGMMA_US, WGMMA_RATE, MEMORY_RATE = 3.5, 0.8, 0.9
 """The same of ``wgmma.cu``, padding being flops, and the part of the memory's bandwidth that it reaches: estimates."""
 
+FEW_US, FEW_TURN_US, FEW_AT_ONCE = 1.6, 0.9, 0.8
+"""Of ``few.cu``: a call, as many clusters as run at once, and the part of the multiprocessors that clusters fill: estimates."""
+
 
 class Spec(NamedTuple):
     """All that affects compilation or choice.
@@ -152,6 +155,23 @@ def hopper(
     return {"GROUPS": groups, "BUFFERS": buffers, "BLOCKS": blocks, "SHARED": shared}
 
 
+def shared_out(spec: Spec, hardware: Hardware, columns: int = 0) -> dict[str, int | bool] | str:
+    """The constants of ``few.cu`` for a request, or why it can't run. ``columns``: of a block; 0 for the cost model's."""
+    if hardware.capability != (9, 0):
+        return "needs the clusters of compute capability 9.0"
+    if spec.dtype.itemsize != 2:
+        return f"needs float16 or bfloat16, got {spec.dtype}"
+    columns = columns or (16 if spec.n <= 128 else 32)
+    if spec.m > 128 or spec.m % 2 or spec.n % columns or spec.n > 8 * columns:
+        return f"has even M up to 128 and N up to 256, a multiple of 16 to 128 and of 32 beyond, not {spec.m} and {spec.n}"
+    if not spec.aligned:
+        return "needs rows that begin at multiples of 16 bytes"
+    rows, blocks = _up(spec.m, 16), spec.n // columns
+    shared = 2 * (rows * (spec.n + 8) + rows * (rows + 8) + spec.n * (columns + 8))
+    shared += columns // 16 * rows // 8 * 512 + blocks * rows + 8
+    return {"NW": columns, "SHARED": shared}
+
+
 def _mma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     config, size = shape(spec, hardware), spec.dtype.itemsize
     if int(config["PARTS"]) > 1 and hardware.capability < (9, 0):
@@ -179,6 +199,17 @@ def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     return Candidate("wgmma", tuple(config.items()), us, reason)
 
 
+def _few(spec: Spec, hardware: Hardware) -> Candidate:
+    config = shared_out(spec, hardware)
+    if isinstance(config, str):
+        return Candidate("few", (), None, config, refused=True)
+    blocks = spec.n // int(config["NW"])
+    turns = math.ceil(spec.tokens * blocks / (FEW_AT_ONCE * hardware.sms))
+    us = FEW_US + turns * FEW_TURN_US
+    reason = f"{blocks} blocks a token, {config['NW']} columns each"
+    return Candidate("few", tuple(config.items()), us, reason)
+
+
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
     features, size = spec.m * spec.n, spec.dtype.itemsize
@@ -190,9 +221,9 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
         reason = "no CUDA device"
         if hardware is not None:
             reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
-        return [*(Candidate(name, (), None, reason, refused=True) for name in ("mma", "wgmma")), reference]
+        return [*(Candidate(name, (), None, reason, refused=True) for name in ("mma", "wgmma", "few")), reference]
     memory = spec.tokens * features * (size + spec.clips * (0.5 if spec.packed else 1.0)) / (read * 1e6)
-    return [_mma(spec, hardware, memory), _wgmma(spec, hardware, memory), reference]
+    return [_mma(spec, hardware, memory), _wgmma(spec, hardware, memory), _few(spec, hardware), reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

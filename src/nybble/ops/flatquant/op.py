@@ -79,7 +79,7 @@ def spec_of(
 
 
 def source(spec: cost.Spec, candidate: Candidate) -> Source:
-    """The specialisation of ``mma.cu`` or ``wgmma.cu`` for a request and a candidate."""
+    """The specialisation of ``mma.cu``, ``wgmma.cu`` or ``few.cu`` for a request and a candidate."""
     constants = (
         ("X", spec.dtype),
         ("M", spec.m),
@@ -94,18 +94,27 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
 
 
 _PLANS: dict[tuple[Any, ...], tuple[Plan, int] | None] = {}
-"""By request: the plan and how many blocks run at once; ``None`` where the reference runs."""
+"""By request: what :func:`prepare` returns; ``None`` where the reference runs."""
 
 
 def threads(spec: cost.Spec, candidate: Candidate) -> int:
     """Of a block."""
     config = dict(candidate.config)
+    if candidate.variant == "few":
+        return 32 * -(-spec.m // 16)
     warps = config["WARPS"] if candidate.variant == "mma" else 4 * -(-spec.m // 64)
     return 32 * warps * config["GROUPS"]
 
 
+def cluster(spec: cost.Spec, candidate: Candidate) -> int:
+    """Blocks of a token."""
+    return spec.n // dict(candidate.config)["NW"] if candidate.variant == "few" else 1
+
+
 def prepare(spec: cost.Spec, candidate: Candidate, device: int) -> tuple[Plan, int]:
-    """A candidate of a request, built and loaded, and how many of its blocks run at once."""
+    """A candidate of a request, built and loaded, and the most blocks (clusters) of a launch: as many as run at once,
+    but where each has one token only.
+    """
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
     plan = Plan(
@@ -114,9 +123,10 @@ def prepare(spec: cost.Spec, candidate: Candidate, device: int) -> tuple[Plan, i
         device=device,
         threads=threads(spec, candidate),
         shared_bytes=dict(candidate.config)["SHARED"],
+        cluster=cluster(spec, candidate),
         overlap=card.capability >= (9, 0),
     )
-    return plan, plan.clusters_at_once()
+    return plan, spec.tokens if candidate.variant == "few" else plan.clusters_at_once()
 
 
 def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
@@ -167,11 +177,11 @@ def cuda(
     entry = _PLANS[key]
     if entry is None:
         return flatquant(x, left, right, clip_ratios, packed, offset)
-    plan, at_once = entry
+    plan, most = entry
     q, scales = _results(x, len(clip_ratios), packed)
     if tokens:
         plan.launch(
-            (min(tokens, at_once), 1, 1),
+            (min(tokens, most) * plan.cluster, 1, 1),
             x.data_ptr(), left.data_ptr(), right.data_ptr(), q.data_ptr(), scales.data_ptr(), tokens, stride, *clips,
         )  # fmt: skip
     return q, scales
@@ -230,7 +240,8 @@ def flatquant_dynamic_quantize(
         pack_int32: eight values a word, element i in bits ``4 * (i % 8)``, two's complement; features a multiple of 8.
         use_cuda: ``False`` runs the reference in PyTorch, which is what runs on CPU tensors anyway.
         offset_binary: words of ``q + 8`` instead.
-        variant: ``"auto"``, ``"wgmma"`` (Hopper, M to 128, N of 64, 80, 128, 224, 16 bits), ``"mma"`` or ``"reference"``.
+        variant: ``"auto"``, ``"wgmma"`` (Hopper, M to 128, N of 64, 80, 128, 224, 16 bits), ``"few"`` (few tokens),
+            ``"mma"`` or ``"reference"``.
 
     Returns:
         ``(quantized, scales)``: int8 ``[T, F]`` or int32 ``[T, F / 8]``, and float32 ``[T]``. For several clip ratios
