@@ -13,7 +13,7 @@ import nybble
 from nybble.bench.run import dtype_name, options
 from nybble.formats.channels import ChannelWeight
 from nybble.ops.w4a4 import cost
-from nybble.ops.w4a4.cases import BENCH, SMALL, W4A4Case
+from nybble.ops.w4a4.cases import BENCH, PRODUCTS, SMALL, W4A4Case
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import A100, H200
 
@@ -111,7 +111,7 @@ def test_choice() -> None:
         cost.choose(W4A4Case().spec("fast"), H200)
 
 
-@pytest.mark.parametrize("case", BENCH, ids=str)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_the_prediction_is_within_a_tenth_of_the_row(case: W4A4Case) -> None:
     """Of the pick, as an H200 was measured; rows of another tile than today's do not count."""
     pick = case.choice(H200).pick
@@ -132,7 +132,7 @@ TILES = {1: (8, 1, 4, 1), 16: (16, 1, 4, 1), 64: (64, 2, 2, 1), 128: (128, 2, 1,
 """What the rows were measured with, by M; more rows as 1024."""
 
 
-@pytest.mark.parametrize("case", BENCH, ids=str)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_the_tile_is_that_of_the_rows(case: W4A4Case) -> None:
     config = dict(case.choice(H200).pick.config)
     form = tuple(config[name] for name in ("TILE_M", "TEAMS", "SLICES", "CLUSTER"))
