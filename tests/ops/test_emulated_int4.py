@@ -24,7 +24,13 @@ HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
 def quantized(
-    case: FlatQuantCase, inputs: Inputs, blocks: int, changed: dict[str, Any], *, variant: str = "mma", offset: bool = False
+    case: FlatQuantCase,
+    inputs: Inputs,
+    blocks: int,
+    changed: dict[str, Any],
+    *,
+    variant: str = "mma",
+    offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel writes, in a form with some constants other than the cost model's."""
     spec = case.spec()._replace(offset=offset)
@@ -128,13 +134,17 @@ def test_nothing_overflows_or_vanishes(deviation: float, nw: int | str) -> None:
 def test_offset_binary(variant: str) -> None:
     case = FlatQuantCase(3, 16, 64)
     inputs = case.make()
-    plain, binary = (quantized(case, inputs, case.tokens, {}, variant=variant, offset=offset)[0] for offset in (False, True))
+    plain, binary = (
+        quantized(case, inputs, case.tokens, {}, variant=variant, offset=offset)[0] for offset in (False, True)
+    )
     assert torch.equal(pack(unpack(plain), offset=True), binary)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "variant"), [(HALF, "mma"), (BRAIN, "mma"), (FLOAT, "mma"), (HALF, "wgmma"), (BRAIN, "wgmma"), (HALF, "few"), (BRAIN, "few")], ids=str
+    ("dtype", "variant"),
+    [(HALF, "mma"), (BRAIN, "mma"), (FLOAT, "mma"), (HALF, "wgmma"), (BRAIN, "wgmma"), (HALF, "few"), (BRAIN, "few")],
+    ids=str,
 )
 def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant: str, packed: bool) -> None:
     case = FlatQuantCase(5, 16, 32 if variant == "mma" else 64, dtype, packed=packed, clip=0.9)

@@ -128,7 +128,14 @@ def test_the_prediction_is_within_a_tenth_of_the_row(case: W4A4Case) -> None:
     assert pick.us == pytest.approx(measured[-1], rel=0.1)
 
 
-TILES = {1: (8, 1, 4, 1), 16: (16, 1, 4, 1), 64: (64, 2, 2, 1), 128: (128, 2, 1, 2), 512: (128, 2, 1, 2), 1024: (256, 2, 1, 2)}
+TILES = {
+    1: (8, 1, 4, 1),
+    16: (16, 1, 4, 1),
+    64: (64, 2, 2, 1),
+    128: (128, 2, 1, 2),
+    512: (128, 2, 1, 2),
+    1024: (256, 2, 1, 2),
+}
 """What the rows were measured with, by M; more rows as 1024."""
 
 

@@ -1,5 +1,5 @@
-"""Peers of the W4A4 linear: the weight in 16 bits (cuBLAS), PyTorch's int8 product with the scales after it, and Nybble's
-own linear of 4-bit weights and 16-bit activations."""
+"""Peers of the W4A4 linear: the weight in 16 bits (cuBLAS), PyTorch's int8 product with the scales after it, and
+Nybble's own linear of 4-bit weights and 16-bit activations."""
 
 from __future__ import annotations
 

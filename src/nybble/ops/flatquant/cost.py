@@ -28,7 +28,7 @@ WGMMA_US, WGMMA_RATE, MEMORY_RATE = 3.5, 0.8, 0.9
 """The same of ``wgmma.cu``, padding being flops, and the part of the memory's bandwidth that it reaches: estimates."""
 
 FEW_US, FEW_TURN_US, FEW_AT_ONCE = 1.6, 0.9, 0.8
-"""Of ``few.cu``: a call, as many clusters as run at once, and the part of the multiprocessors that clusters fill: estimates."""
+"""Of ``few.cu``: a call, as many clusters as run at once, and the part of the multiprocessors that they fill."""
 
 
 class Spec(NamedTuple):
@@ -119,7 +119,7 @@ def shape(spec: Spec, hardware: Hardware) -> dict[str, int | bool]:
 
 
 REGISTERS = {64: 80, 80: 96, 128: 128, 224: 255}
-"""Of a thread of ``wgmma.cu``, by N: those that the compiler takes, up to a multiple of eight that it can be held to."""
+"""Of a thread of ``wgmma.cu``, by N: those that the compiler takes, and a little room."""
 
 
 def hopper(
@@ -156,14 +156,16 @@ def hopper(
 
 
 def shared_out(spec: Spec, hardware: Hardware, columns: int = 0) -> dict[str, int | bool] | str:
-    """The constants of ``few.cu`` for a request, or why it can't run. ``columns``: of a block; 0 for the cost model's."""
+    """The constants of ``few.cu`` for a request, or why it can't run. ``columns``: of a block; 0: as few as can be."""
     if hardware.capability != (9, 0):
         return "needs the clusters of compute capability 9.0"
     if spec.dtype.itemsize != 2:
         return f"needs float16 or bfloat16, got {spec.dtype}"
     columns = columns or (16 if spec.n <= 128 else 32)
     if spec.m > 128 or spec.m % 2 or spec.n % columns or spec.n > 8 * columns:
-        return f"has even M up to 128 and N up to 256, a multiple of 16 to 128 and of 32 beyond, not {spec.m} and {spec.n}"
+        return (
+            f"has even M up to 128 and N up to 256, a multiple of 16 to 128 and of 32 beyond, not {spec.m} and {spec.n}"
+        )
     if not spec.aligned:
         return "needs rows that begin at multiples of 16 bytes"
     rows, blocks = _up(spec.m, 16), spec.n // columns

@@ -46,7 +46,7 @@ class Inputs:
 class W4A4Case(Case):
     """One request: rows, features, the dtype of the result.
 
-    ``left``: activations come in ``dtype`` and are quantised by FlatQuant, whose left transform is so large; 0: as int8.
+    ``left``: activations come in ``dtype`` and FlatQuant, whose left transform is so large, comes first; 0: as int8.
     """
 
     m: int = 1
@@ -99,7 +99,7 @@ class W4A4Case(Case):
         return (y if inputs.bias is None else y + inputs.bias.double(),)
 
     def tolerance(self, inputs: Inputs, truth: Tensors) -> Tensors:
-        """One rounding of the result, and those of two products and a sum in fp32; and what the quantiser may be off."""
+        """One rounding of the result, and those of two products and a sum in fp32; and how far the quantiser is off."""
         product = truth[0] if inputs.bias is None else (truth[0] - inputs.bias.double())
         error = ROUNDING[self.dtype] * truth[0].abs() + 2.0**-22 * (product.abs() + truth[0].abs()) + TINY[self.dtype]
         if inputs.raw is not None:
@@ -153,7 +153,11 @@ LAYERS: tuple[W4A4Case, ...] = (
 """And with FlatQuant before it, as a linear layer has it."""
 BENCH = PRODUCTS + LAYERS
 
-SMALL: tuple[W4A4Case, ...] = (W4A4Case(4, 128, 256), W4A4Case(33, 72, 144, torch.bfloat16, bias=True), W4A4Case(5, 72, 128, left=8))
+SMALL: tuple[W4A4Case, ...] = (
+    W4A4Case(4, 128, 256),
+    W4A4Case(33, 72, 144, torch.bfloat16, bias=True),
+    W4A4Case(5, 72, 128, left=8),
+)
 """What a CPU can run in a moment."""
 
 GATE: tuple[W4A4Case, ...] = (
