@@ -88,7 +88,12 @@ class W4A4Case(Case):
         if raw is None:
             return partial(multiply, inputs.q_x, inputs.scale_x, weight)
         quantise = self.quantiser.bind(raw)
-        return lambda: multiply(*quantise(), weight)
+
+        def both() -> Tensor:
+            q_x, scale_x = quantise()
+            return multiply(q_x, scale_x, weight)
+
+        return both
 
     def run(self, inputs: Inputs, variant: str = "auto") -> Tensors:
         return (self.bind(inputs, variant)(),)
