@@ -34,7 +34,9 @@ def quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel writes, in a form with some constants other than the cost model's."""
     spec = case.spec()._replace(offset=offset)
-    form = {"mma": flat_cost.shape, "wgmma": flat_cost.hopper, "few": flat_cost.shared_out}[variant](spec, H200)
+    form = {"mma": flat_cost.shape, "wgmma": flat_cost.hopper, "turned": flat_cost.turned, "few": flat_cost.shared_out}[
+        variant
+    ](spec, H200)
     assert isinstance(form, dict), form
     config = {**form, **changed, "SHARED": 227 << 10}
     candidate = Candidate(variant, tuple(config.items()))
@@ -97,6 +99,21 @@ def test_flatquant_on_hopper(case: FlatQuantCase, blocks: int, changed: dict[str
     within(case, inputs, quantized(case, inputs, blocks, changed, variant="wgmma"))
 
 
+TURNED: list[tuple[FlatQuantCase, int, dict[str, Any]]] = [
+    (FlatQuantCase(5, 64, 64), 2, {"GROUPS": 2}),
+    (FlatQuantCase(3, 86, 128), 1, {"GROUPS": 2}),  # padding of M, and of a product's columns
+    (FlatQuantCase(3, 112, 128, BRAIN, packed=False, clip=0.8), 1, {"GROUPS": 1, "BUFFERS": 1}),
+    (FlatQuantCase(5, 9, 64, packed=False, clips=3), 1, {"GROUPS": 3}),
+    (FlatQuantCase(3, 65, 64, clips=2), 2, {"GROUPS": 1, "BUFFERS": 1}),
+]
+
+
+@pytest.mark.parametrize(("case", "blocks", "changed"), TURNED, ids=lambda value: str(value)[:110])
+def test_flatquant_turned(case: FlatQuantCase, blocks: int, changed: dict[str, Any]) -> None:
+    inputs = case.make()
+    within(case, inputs, quantized(case, inputs, blocks, changed, variant="turned"))
+
+
 FEW: list[tuple[FlatQuantCase, dict[str, Any]]] = [
     (FlatQuantCase(2, 64, 64), {}),
     (FlatQuantCase(1, 64, 64, packed=False), {"NW": 32}),
@@ -114,7 +131,7 @@ def test_flatquant_of_few_tokens(case: FlatQuantCase, changed: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("deviation", [1e3, 1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("nw", [16, 64, "wgmma", "few"])
+@pytest.mark.parametrize("nw", [16, 64, "wgmma", "turned", "few"])
 def test_nothing_overflows_or_vanishes(deviation: float, nw: int | str) -> None:
     """fp16 whose intermediate passes 65504, and down to subnormals: the power of two between the products."""
     case = FlatQuantCase(3, 16, 64, deviation=deviation)
@@ -130,7 +147,7 @@ def test_nothing_overflows_or_vanishes(deviation: float, nw: int | str) -> None:
         within(case, inputs, quantized(case, inputs, 1, {"NW": nw, "WARPS": 64 // nw}))
 
 
-@pytest.mark.parametrize("variant", ["mma", "wgmma", "few"])
+@pytest.mark.parametrize("variant", ["mma", "wgmma", "turned", "few"])
 def test_offset_binary(variant: str) -> None:
     case = FlatQuantCase(3, 16, 64)
     inputs = case.make()
@@ -143,7 +160,17 @@ def test_offset_binary(variant: str) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "variant"),
-    [(HALF, "mma"), (BRAIN, "mma"), (FLOAT, "mma"), (HALF, "wgmma"), (BRAIN, "wgmma"), (HALF, "few"), (BRAIN, "few")],
+    [
+        (HALF, "mma"),
+        (BRAIN, "mma"),
+        (FLOAT, "mma"),
+        (HALF, "wgmma"),
+        (BRAIN, "wgmma"),
+        (HALF, "turned"),
+        (BRAIN, "turned"),
+        (HALF, "few"),
+        (BRAIN, "few"),
+    ],
     ids=str,
 )
 def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant: str, packed: bool) -> None:
@@ -159,7 +186,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant:
     assert torch.equal(scales[[0, 4]], clean_scales[[0, 4]])
 
 
-@pytest.mark.parametrize("variant", ["mma", "wgmma", "few"])
+@pytest.mark.parametrize("variant", ["mma", "wgmma", "turned", "few"])
 def test_rows_apart(variant: str) -> None:
     case = FlatQuantCase(4, 8, 64)
     inputs = case.make()

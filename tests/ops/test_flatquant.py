@@ -248,9 +248,10 @@ def test_variants_of_hopper(tokens: int, dtype: torch.dtype) -> None:
         assert not known["mma"].refused
         half = dtype != torch.float32
         assert known["wgmma"].refused == (not half or m > 128 or n not in (64, 80, 128, 224) or not spec.aligned)
+        assert known["turned"].refused == (not half or m > 128 or n not in (64, 128) or not spec.aligned)
         fits = n <= 256 and n % (16 if n <= 128 else 32) == 0
         assert known["few"].refused == (not half or m > 128 or m % 2 == 1 or not fits or not spec.aligned)
-        for candidate in (known["wgmma"], known["few"]):
+        for candidate in (known["wgmma"], known["turned"], known["few"]):
             assert candidate.reason
             if not candidate.refused:
                 assert int(dict(candidate.config)["SHARED"]) <= H200.shared_bytes

@@ -122,6 +122,10 @@ REGISTERS = {64: 80, 80: 96, 128: 128, 224: 255}
 """Of a thread of ``wgmma.cu``, by N: those that the compiler takes, and a little room."""
 
 
+WIDTHS = (64, 88, 112, 128)
+"""Columns of a product of ``turned.cu``, which has as many as M or the next more."""
+
+
 def hopper(
     spec: Spec, hardware: Hardware, groups: int = 0, buffers: int = 0, blocks: int = 1
 ) -> dict[str, int | bool] | str:
@@ -153,6 +157,34 @@ def hopper(
     if groups > most or shared > budget:
         return f"{groups} tokens a block of {shared} bytes are too many for this GPU"
     return {"GROUPS": groups, "BUFFERS": buffers, "BLOCKS": blocks, "SHARED": shared}
+
+
+def turned(
+    spec: Spec, hardware: Hardware, groups: int = 0, buffers: int = 0, blocks: int = 1
+) -> dict[str, int | bool] | str:
+    """The constants of ``turned.cu`` for a request, or why it can't run; arguments as :func:`hopper`."""
+    if hardware.capability != (9, 0):
+        return "needs the wgmma of compute capability 9.0"
+    if spec.dtype.itemsize != 2:
+        return f"needs float16 or bfloat16, got {spec.dtype}"
+    if spec.n not in (64, 128) or spec.m > WIDTHS[-1]:
+        return f"has M up to 128 and N of 64 or 128, not {spec.m} and {spec.n}"
+    if not spec.aligned:
+        return "needs rows that begin at multiples of 16 bytes"
+    width = next(width for width in WIDTHS if width >= spec.m)
+    warpgroups, pitch = spec.n // 64, spec.n // 2 + 8 if spec.packed else spec.n + 16
+    rest = math.ceil(width / 64) * _up(spec.m, 16) * 128 + spec.n * (spec.n + 8) * 2
+    room, each = width * spec.n * 2, width * pitch + 16 * warpgroups
+    # The fragments of R beside the sums of the first product, or the most that is needed later.
+    registers = _up(max(spec.n // 4 + width // 2 + 32, width // 2 + width // 4 + 32), 8)
+    most = 65536 // registers // (128 * warpgroups) // blocks
+    groups = groups or (1 if spec.tokens <= hardware.sms else most)
+    budget = hardware.shared_bytes if blocks == 1 else hardware.shared_bytes // blocks - 1024
+    buffers = buffers or (2 if rest + groups * (2 * room + each) <= budget else 1)
+    shared = rest + groups * (buffers * room + each)
+    if groups > most or shared > budget:
+        return f"{groups} tokens a block of {shared} bytes are too many for this GPU"
+    return {"MC": width, "GROUPS": groups, "BUFFERS": buffers, "BLOCKS": blocks, "SHARED": shared}
 
 
 def shared_out(spec: Spec, hardware: Hardware, columns: int = 0) -> dict[str, int | bool] | str:
@@ -201,6 +233,17 @@ def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     return Candidate("wgmma", tuple(config.items()), us, reason)
 
 
+def _turned(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
+    config = turned(spec, hardware)
+    if isinstance(config, str):
+        return Candidate("turned", (), None, config, refused=True)
+    flops = 2 * spec.tokens * int(config["MC"]) * spec.n * (_up(spec.m, 16) + spec.n)
+    maths = flops / (hardware.half_tflops * WGMMA_RATE * 1e6)
+    us = WGMMA_US + (spec.m + spec.n) * 0.003 + max(memory / MEMORY_RATE, maths)
+    reason = f"{config['MC']} rows a token, {config['GROUPS']} tokens a block"
+    return Candidate("turned", tuple(config.items()), us, reason)
+
+
 def _few(spec: Spec, hardware: Hardware) -> Candidate:
     config = shared_out(spec, hardware)
     if isinstance(config, str):
@@ -223,9 +266,13 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
         reason = "no CUDA device"
         if hardware is not None:
             reason = f"needs compute capability 8.0, this GPU has {'.'.join(map(str, hardware.capability))}"
-        return [*(Candidate(name, (), None, reason, refused=True) for name in ("mma", "wgmma", "few")), reference]
+        return [
+            *(Candidate(name, (), None, reason, refused=True) for name in ("mma", "wgmma", "turned", "few")),
+            reference,
+        ]
     memory = spec.tokens * features * (size + spec.clips * (0.5 if spec.packed else 1.0)) / (read * 1e6)
-    return [_mma(spec, hardware, memory), _wgmma(spec, hardware, memory), _few(spec, hardware), reference]
+    hopper_only = [_wgmma(spec, hardware, memory), _turned(spec, hardware, memory), _few(spec, hardware)]
+    return [_mma(spec, hardware, memory), *hopper_only, reference]
 
 
 def choose(spec: Spec, hardware: Hardware | None) -> Choice:

@@ -79,7 +79,7 @@ def spec_of(
 
 
 def source(spec: cost.Spec, candidate: Candidate) -> Source:
-    """The specialisation of ``mma.cu``, ``wgmma.cu`` or ``few.cu`` for a request and a candidate."""
+    """The specialisation of the candidate's kernel file for a request."""
     constants = (
         ("X", spec.dtype),
         ("M", spec.m),
@@ -102,7 +102,8 @@ def threads(spec: cost.Spec, candidate: Candidate) -> int:
     config = dict(candidate.config)
     if candidate.variant == "few":
         return 32 * -(-spec.m // 16)
-    warps = config["WARPS"] if candidate.variant == "mma" else 4 * -(-spec.m // 64)
+    rows = {"wgmma": spec.m, "turned": spec.n}
+    warps = config["WARPS"] if candidate.variant == "mma" else 4 * -(-rows[candidate.variant] // 64)
     return 32 * warps * config["GROUPS"]
 
 
@@ -240,8 +241,8 @@ def flatquant_dynamic_quantize(
         pack_int32: eight values a word, element i in bits ``4 * (i % 8)``, two's complement; features a multiple of 8.
         use_cuda: ``False`` runs the reference in PyTorch, which is what runs on CPU tensors anyway.
         offset_binary: words of ``q + 8`` instead.
-        variant: ``"auto"``, ``"wgmma"`` (Hopper, M to 128, N of 64, 80, 128, 224, 16 bits), ``"few"`` (few tokens),
-            ``"mma"`` or ``"reference"``.
+        variant: ``"auto"``, ``"mma"`` or ``"reference"``; on Hopper with 16 bits and M to 128 ``"wgmma"`` (N of 64, 80,
+            128, 224), ``"turned"`` (N of 64, 128) and ``"few"`` (for few tokens) too.
 
     Returns:
         ``(quantized, scales)``: int8 ``[T, F]`` or int32 ``[T, F / 8]``, and float32 ``[T]``. For several clip ratios
