@@ -18,17 +18,19 @@ LEAST = 136
 WIDEST = {2: 128, 4: 64}
 """Accumulators of Y a thread, by the bytes of an element of x. Beside them are those of T: half as many registers when
 rounded to 16 bits, as many in fp32."""
-LAUNCH_US = 2.2
-"""A call with one token of 64 x 64 as a node of a CUDA graph, less half a microsecond: 2.7 on an H200."""
+ONE_US, KILOBYTE_US, MANY_US = 1.0, 0.07, 4.0
+"""A call of ``mma.cu``: with at most a token a multiprocessor, and each kilobyte of a token and of both transforms besides,
+which one multiprocessor reads; and with more. Here and below: fitted to 64 x 64 to 128 x 224 on an H200."""
 MMA_RATE = 0.43
-"""The part of the tensor cores' fp16 rate that the kernel reaches: 58.7, 162 and 263 us for 16384 tokens of 64 x 64,
-64 x 128 and 86 x 128 on an H200."""
-
-WGMMA_US, WGMMA_RATE, MEMORY_RATE = 3.5, 0.8, 0.9
-"""The same of ``wgmma.cu``, padding being flops, and the part of the memory's bandwidth that it reaches: estimates."""
-
-FEW_US, FEW_TURN_US, FEW_AT_ONCE = 1.6, 0.9, 0.8
-"""Of ``few.cu``: a call, as many clusters as run at once, and the part of the multiprocessors that they fill."""
+"""The part of the tensor cores' fp16 rate that it reaches."""
+WGMMA_US, WGMMA_KILOBYTE_US = 2.0, 0.05
+"""A call of ``wgmma.cu`` or ``turned.cu``, and each kilobyte of the transforms besides."""
+WGMMA_RATE, ALONE_RATE, MEMORY_RATE = 0.77, 0.6, 0.9
+"""The part of the fp16 rate that they reach, padding being flops; where a multiprocessor has one token at a time; and of
+the memory's bandwidth."""
+FEW_US, FEW_KILOBYTE_US, FEW_ROW_US, FEW_MORE_US = 1.15, 0.04, 0.0055, 0.00035
+"""A call of ``few.cu``; each kilobyte that a block reads; with 32 columns a block, each row; and each kilobyte of all
+blocks."""
 
 
 class Spec(NamedTuple):
@@ -149,7 +151,7 @@ def hopper(
     # The fragments of L beside the sums of the first product, or the most that is needed later.
     registers = max(REGISTERS[spec.n], rows // 4 + spec.n // 2 + 32)
     most = 65536 // registers // (128 * tiles) // blocks
-    groups = groups or (1 if spec.tokens <= hardware.sms else most)
+    groups = groups or most  # for few tokens too: all threads bring the transforms
     budget = hardware.shared_bytes if blocks == 1 else hardware.shared_bytes // blocks - 1024
     rest = right + left + groups * tiles * 16
     buffers = buffers or (2 if rest + 2 * groups * room <= budget else 1)
@@ -178,7 +180,7 @@ def turned(
     # The fragments of R beside the sums of the first product, or the most that is needed later.
     registers = _up(max(spec.n // 4 + width // 2 + 32, width // 2 + width // 4 + 32), 8)
     most = 65536 // registers // (128 * warpgroups) // blocks
-    groups = groups or (1 if spec.tokens <= hardware.sms else most)
+    groups = groups or most  # for few tokens too: all threads bring the transforms
     budget = hardware.shared_bytes if blocks == 1 else hardware.shared_bytes // blocks - 1024
     buffers = buffers or (2 if rest + groups * (2 * room + each) <= budget else 1)
     shared = rest + groups * (buffers * room + each)
@@ -215,10 +217,20 @@ def _mma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     padded = _up(spec.m, 16) * _up(spec.n, int(config["NW"])) / (spec.m * spec.n)
     maths = padded * flops / ((hardware.half_tflops or 300.0) * MMA_RATE * 1e6) * (6 if size == 4 else 1)
     twice = 1 if math.ceil(spec.n / int(config["NW"])) * int(config["PARTS"]) <= int(config["WARPS"]) else 10
-    us = LAUNCH_US + (spec.m + spec.n) * 0.003 + max(memory, maths) * twice
+    if spec.tokens <= hardware.sms:
+        us = ONE_US + KILOBYTE_US * (spec.m**2 + spec.n**2 + spec.m * spec.n) * size / 1024 + maths * twice / 2
+    else:
+        us = MANY_US + max(memory, maths) * twice
     reason = f"{config['NW']} columns a warp, {config['WARPS']} warps a token, {config['GROUPS']} tokens a block"
     reason += "" if twice == 1 else ", piece by piece: too large for the registers of a block"
     return Candidate("mma", tuple(config.items()), us, reason)
+
+
+def _pipelined(spec: Spec, hardware: Hardware, memory: float, flops: int, tokens: int) -> float:
+    """us of ``wgmma.cu`` and ``turned.cu``, with ``tokens`` at a time on a multiprocessor."""
+    maths = flops / (hardware.half_tflops * (WGMMA_RATE if tokens > 1 else ALONE_RATE) * 1e6)
+    transforms = WGMMA_KILOBYTE_US * (spec.m**2 + spec.n**2) * spec.dtype.itemsize / 1024
+    return WGMMA_US + transforms + max(memory / MEMORY_RATE, maths)
 
 
 def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
@@ -227,8 +239,7 @@ def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
         return Candidate("wgmma", (), None, config, refused=True)
     tiles = math.ceil(spec.m / 64)
     flops = 2 * spec.tokens * 64 * tiles * spec.n * (_up(spec.m, 16) + spec.n)
-    maths = flops / (hardware.half_tflops * WGMMA_RATE * 1e6)
-    us = WGMMA_US + (spec.m + spec.n) * 0.003 + max(memory / MEMORY_RATE, maths)
+    us = _pipelined(spec, hardware, memory, flops, int(config["GROUPS"]) * int(config["BLOCKS"]))
     reason = f"{tiles} x 64 rows a token, {config['GROUPS']} tokens a block"
     return Candidate("wgmma", tuple(config.items()), us, reason)
 
@@ -238,21 +249,25 @@ def _turned(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     if isinstance(config, str):
         return Candidate("turned", (), None, config, refused=True)
     flops = 2 * spec.tokens * int(config["MC"]) * spec.n * (_up(spec.m, 16) + spec.n)
-    maths = flops / (hardware.half_tflops * WGMMA_RATE * 1e6)
-    us = WGMMA_US + (spec.m + spec.n) * 0.003 + max(memory / MEMORY_RATE, maths)
+    us = _pipelined(spec, hardware, memory, flops, int(config["GROUPS"]) * int(config["BLOCKS"]))
     reason = f"{config['MC']} rows a token, {config['GROUPS']} tokens a block"
     return Candidate("turned", tuple(config.items()), us, reason)
 
 
 def _few(spec: Spec, hardware: Hardware) -> Candidate:
-    config = shared_out(spec, hardware)
-    if isinstance(config, str):
-        return Candidate("few", (), None, config, refused=True)
-    blocks = spec.n // int(config["NW"])
-    turns = math.ceil(spec.tokens * blocks / (FEW_AT_ONCE * hardware.sms))
-    us = FEW_US + turns * FEW_TURN_US
-    reason = f"{blocks} blocks a token, {config['NW']} columns each"
-    return Candidate("few", tuple(config.items()), us, reason)
+    best: Candidate | None = None
+    for columns in (16, 32):
+        config = shared_out(spec, hardware, columns)
+        if isinstance(config, str):
+            continue
+        blocks = spec.n // columns
+        kilobytes = (spec.m * spec.n + spec.m**2 + spec.n * columns) * spec.dtype.itemsize / 1024
+        us = FEW_US + FEW_KILOBYTE_US * kilobytes + FEW_MORE_US * spec.tokens * blocks * kilobytes
+        us += FEW_ROW_US * _up(spec.m, 16) if columns == 32 else 0.0
+        if best is None or us < (best.us or 0.0):
+            best = Candidate("few", tuple(config.items()), us, f"{blocks} blocks a token, {columns} columns each")
+    reason = shared_out(spec, hardware)
+    return best or Candidate("few", (), None, str(reason), refused=True)
 
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:

@@ -95,13 +95,30 @@ turned_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __re
     wait_for_previous();
     allow_next();
     fetch(first, 0);
+    // A warp brings row after row, a lane of it the same columns of each.
+    constexpr int WARPS = THREADS / 32;
+#pragma unroll
+    for (int i = 0; i < N; i += 64) {
+        const int n = i + lane * 2;
 #pragma unroll 8
-    for (int i = threadIdx.x; i < N * N; i += THREADS) {
-        const int n = i % N;
-        shared_right[i / N * RS + n / 16 * 16 + n % 2 * 8 + n % 16 / 2] = right[i];
+        for (int k = warp; k < N; k += WARPS) {
+            const Vector<X, 2> two = *reinterpret_cast<const Vector<X, 2>*>(right + k * N + n);
+            X* const to = shared_right + k * RS + n / 16 * 16 + n % 16 / 2;
+            to[0] = two.lane[0], to[8] = two.lane[1];
+        }
     }
-#pragma unroll 8
-    for (int i = threadIdx.x; i < M * M; i += THREADS) *reinterpret_cast<X*>(shared_left + place_of(i / M, i % M, APART_L)) = left[i];
+    if constexpr (M % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < M; i += 64) {
+            const int m = i + lane * 2;
+            if (M % 64 != 0 && m >= M) continue;
+#pragma unroll 4
+            for (int k = warp; k < M; k += WARPS) copy_async<4>(shared_left + place_of(k, m, APART_L), left + k * M + m);
+        }
+        commit_copies();
+    } else {
+        for (int i = threadIdx.x; i < M * M; i += THREADS) *reinterpret_cast<X*>(shared_left + place_of(i / M, i % M, APART_L)) = left[i];
+    }
     wait_copies<0>();
     fence_async();
     __syncthreads();

@@ -104,14 +104,25 @@ wgmma_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __res
     wait_for_previous();
     allow_next();
     fetch(first, 0);
+    // A warp brings row after row, a lane of it the same columns of each.
+    constexpr int WARPS = THREADS / 32;
+#pragma unroll
+    for (int i = 0; i < N; i += 64) {
+        const int n = i + lane * 2;
+        if (N % 64 != 0 && n >= N) continue;
+        const int width = width_at(n), r = n % width, run = width / 4;  // parts begin at multiples of their width
+        const int column = n - r + r % run / 2 * 8 + r / run * 2;
 #pragma unroll 4
-    for (int i = threadIdx.x * 2; i < N * N; i += THREADS * 2) {
-        const int n = i % N, width = width_at(n), r = n % width, run = width / 4;  // parts begin at multiples of their width
-        copy_async<4>(shared + place_of(i / N, n - r + r % run / 2 * 8 + r / run * 2, APART_R), right + i);
+        for (int k = warp; k < N; k += WARPS) copy_async<4>(shared + place_of(k, column, APART_R), right + k * N + n);
     }
     if constexpr (M % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < M; i += 64) {
+            const int m = i + lane * 2;
+            if (M % 64 != 0 && m >= M) continue;
 #pragma unroll 4
-        for (int i = threadIdx.x * 2; i < M * M; i += THREADS * 2) copy_async<4>(shared_left + i / M * LS + i % M, left + i);
+            for (int k = warp; k < M; k += WARPS) copy_async<4>(shared_left + k * LS + m, left + k * M + m);
+        }
     } else {
         for (int i = threadIdx.x; i < M * M; i += THREADS) shared_left[i / M * LS + i % M] = left[i];
     }
