@@ -19,15 +19,15 @@ WIDEST = {2: 128, 4: 64}
 """Accumulators of Y a thread, by the bytes of an element of x. Beside them are those of T: half as many registers when
 rounded to 16 bits, as many in fp32."""
 ONE_US, KILOBYTE_US, MANY_US = 1.0, 0.07, 4.0
-"""A call of ``mma.cu``: with at most a token a multiprocessor, and each kilobyte of a token and of both transforms besides,
-which one multiprocessor reads; and with more. Here and below: fitted to 64 x 64 to 128 x 224 on an H200."""
+"""A call of ``mma.cu``: with at most a token a multiprocessor, and each kilobyte of a token and of both transforms
+besides, which one multiprocessor reads; and with more. Here and below: fitted to 64 x 64 to 128 x 224 on an H200."""
 MMA_RATE = 0.43
 """The part of the tensor cores' fp16 rate that it reaches."""
 WGMMA_US, WGMMA_KILOBYTE_US = 2.0, 0.05
 """A call of ``wgmma.cu`` or ``turned.cu``, and each kilobyte of the transforms besides."""
 WGMMA_RATE, ALONE_RATE, MEMORY_RATE = 0.77, 0.6, 0.9
-"""The part of the fp16 rate that they reach, padding being flops; where a multiprocessor has one token at a time; and of
-the memory's bandwidth."""
+"""The part of the fp16 rate that they reach, padding being flops; where a multiprocessor has one token at a time; and
+of the memory's bandwidth."""
 FEW_US, FEW_KILOBYTE_US, FEW_ROW_US, FEW_MORE_US = 1.15, 0.04, 0.0055, 0.00035
 """A call of ``few.cu``; each kilobyte that a block reads; with 32 columns a block, each row; and each kilobyte of all
 blocks."""
