@@ -43,21 +43,21 @@ __device__ __forceinline__ unsigned wgmma_columns(const void* at, int apart) {
 // d (+)= A B, m64 nCOLS k16; warp w of the four has rows 16 w .. 16 w + 15 of A and D, as in mma.cuh, and
 // d[4 j ..] is D's columns 8 j .. 8 j + 7. wgmma_add takes B of wgmma_rows, wgmma_add_columns of wgmma_columns. PTX ISA,
 // "wgmma.mma_async".
-#define NYBBLE_WGMMA_OF(NAME, TRANSPOSED, COLS, COUNT, D, A, B, P, ...)                                                                      \
+#define NYBBLE_WGMMA_OF(NAME, TRANSPOSED, COLS, COUNT, D, A, B, P, ...)                                                 \
     template <typename T>                                                                                               \
-    __device__ __forceinline__ void NAME(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) { \
+    __device__ __forceinline__ void NAME(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {              \
         if constexpr (same<T, half_t>)                                                                                  \
-            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                         \
-                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                           \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                        \
+                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                                       \
                          "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.f16.f16 {" D "}, {" A "}, rows"             \
-                         ", p, 1, 1, " TRANSPOSED ";\n\t}"                                                                           \
+                         ", p, 1, 1, " TRANSPOSED ";\n\t}"                                                              \
                          : __VA_ARGS__                                                                                  \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                               \
         else                                                                                                            \
-            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                         \
-                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                           \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                        \
+                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                                       \
                          "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.bf16.bf16 {" D "}, {" A "}, rows"           \
-                         ", p, 1, 1, " TRANSPOSED ";\n\t}"                                                                           \
+                         ", p, 1, 1, " TRANSPOSED ";\n\t}"                                                              \
                          : __VA_ARGS__                                                                                  \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                               \
     }
