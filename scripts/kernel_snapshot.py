@@ -1,4 +1,5 @@
-"""Write the register and spill snapshot of the compile gate: tests/kernel_snapshot.json."""
+"""Write the register and spill snapshot of the compile gate, tests/kernel_snapshot.json: of all operations, or of those
+named as arguments, the others staying as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from nybble.ops import OPERATIONS
 
 
 def main() -> None:
-    kernels = {name: {card.arch: gate(name, card) for card in TARGETS} for name in OPERATIONS}
+    wanted = sys.argv[1:] or list(OPERATIONS)
+    if unknown := set(wanted) - set(OPERATIONS):
+        sys.exit(f"no operations: {sorted(unknown)}; there are {list(OPERATIONS)}")
+    kept = json.loads(SNAPSHOT.read_text()) if len(wanted) < len(OPERATIONS) else {"nvrtc": nvrtc_version()}
+    if kept["nvrtc"] != nvrtc_version():
+        sys.exit(f"the snapshot is of NVRTC {kept['nvrtc']}, here is {nvrtc_version()}: write all of it")
+    kernels = {
+        name: {card.arch: gate(name, card) for card in TARGETS} if name in wanted else kept["kernels"][name]
+        for name in OPERATIONS
+    }
     lines = [
         "{",
         f'"nvrtc": "{nvrtc_version()}",',

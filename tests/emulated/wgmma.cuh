@@ -12,8 +12,11 @@ static unsigned wgmma_rows(const void* where) {
     if (at % 1024) fail("a tile of B that does not begin at a multiple of 1024 bytes");
     return at >> 4;
 }
-template <typename T, int COUNT>
-static void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {
+// Where in the low half; how far 64 columns are from the next 64 in the high one, both in units of 16 bytes.
+static unsigned wgmma_columns(const void* where, int apart) { return wgmma_rows(where) | unsigned(apart / 16) << 16; }
+// `place(k, column)`: where an element of B is, before it is swizzled.
+template <typename T, int COUNT, typename Place>
+static void wgmma_of(float (&d)[COUNT], const unsigned (&a)[4], int add, Place place) {
     auto& words = warp_of().words;
     const int g = self->lane / 4, t = self->lane % 4;
     for (int i = 0; i < 4; ++i) words[self->lane][i] = a[i];
@@ -22,7 +25,7 @@ static void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int
         const int row = g + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + 2 * t + i % 2;
         float sum = add ? d[i] : 0.0f;
         for (int k = 0; k < 16; ++k) {
-            size_t at = size_t(b) * 16 + column / 8 * 1024 + column % 8 * 128 + k * 2;
+            size_t at = place(k, column);
             at ^= at >> 3 & 0x70;
             uint16_t bits;
             std::memcpy(&bits, shared_at(*self->block, at, 2), 2);
@@ -31,6 +34,16 @@ static void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int
         d[i] = sum;
     }
     warp_barrier();
+}
+template <typename T, int COUNT>
+static void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {
+    wgmma_of<T>(d, a, add, [&](int k, int column) { return size_t(b) * 16 + column / 8 * 1024 + column % 8 * 128 + k * 2; });
+}
+template <typename T, int COUNT>
+static void wgmma_add_columns(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {
+    wgmma_of<T>(d, a, add, [&](int k, int column) {
+        return size_t(b & 0xffff) * 16 + column / 64 * size_t(b >> 16) * 16 + k * 128 + column % 64 * 2;
+    });
 }
 template <int COUNT> static void wgmma_add(int (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {
     auto& words = warp_of().words;

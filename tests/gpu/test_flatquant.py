@@ -35,6 +35,22 @@ def test_every_size(m: int, n: int, tokens: int, dtype: torch.dtype) -> None:
         check_case(FlatQuantCase(tokens, m, n, dtype, packed=packed), "cuda")
 
 
+VARIANTS = ("mma", "wgmma", "turned", "few")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "n"), [*SIZES, (22, 80), (2, 64), (70, 128), (128, 128), (100, 224)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant(m: int, n: int, variant: str, dtype: torch.dtype) -> None:
+    """Whatever the cost model would pick: one token, some, and more than run at once."""
+    if variant == "turned" and n not in (64, 128):
+        pytest.skip("not for such an N")
+    for tokens in (1, 9, 1700):
+        check_case(FlatQuantCase(tokens, m, n, dtype), "cuda", variant=variant)
+    check_case(FlatQuantCase(37, m, n, dtype, packed=False, clip=0.9), "cuda", variant=variant)
+    check_case(FlatQuantCase(37, m, n, dtype, clips=3), "cuda", variant=variant)
+
+
 @pytest.mark.parametrize("tokens", [5, 1000])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("clips", [1, 2, 4])
@@ -45,24 +61,27 @@ def test_ratios(tokens: int, packed: bool, clips: int) -> None:
 
 @pytest.mark.parametrize("deviation", [1e3, 1.0, 1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("tokens", [4, 500])
-def test_nothing_overflows_or_vanishes(deviation: float, tokens: int) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_overflows_or_vanishes(deviation: float, tokens: int, variant: str) -> None:
     case = FlatQuantCase(tokens, 64, 64, deviation=deviation)
     inputs = case.make("cuda")
     if deviation == 1e3:
         inputs.x.clamp_(-60000.0, 60000.0)[1] = 60000.0  # all finite: the outliers' deviation is 20000
         ones = torch.ones(64, 64, dtype=torch.float16, device="cuda") / 8  # 480000 before the second transform
-        inputs = inputs._replace(right=ones)
-    check_case(case, "cuda", inputs=inputs)
+        inputs = inputs._replace(left=ones, right=ones)
+    check_case(case, "cuda", variant=variant, inputs=inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "variant"), [*((dtype, "auto") for dtype in DTYPES), *((torch.float16, v) for v in VARIANTS)]
+)
 @pytest.mark.parametrize("packed", [True, False])
-def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, packed: bool) -> None:
-    case = FlatQuantCase(400, 64, 80, dtype, packed=packed)
+def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant: str, packed: bool) -> None:
+    case = FlatQuantCase(400, 64, 64 if variant == "turned" else 80, dtype, packed=packed)
     inputs = case.make("cuda")
-    clean, clean_scales = case.run(inputs)
+    clean, clean_scales = case.run(inputs, variant)
     inputs.x[1], inputs.x[2, 100], inputs.x[3, 0] = 0.0, float("nan"), float("-inf")
-    q, scales = case.run(inputs)
+    q, scales = case.run(inputs, variant)
     assert scales[1] == 1.0
     assert scales[[2, 3]].isnan().all()
     assert not q[1:4].any()
@@ -96,23 +115,25 @@ def test_beside_the_reference_and_offset_binary() -> None:
     assert torch.equal(*back)
 
 
-def test_results_are_the_same_in_every_run() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_are_the_same_in_every_run(variant: str) -> None:
     case = FlatQuantCase(3000, 86, 128)
     inputs = case.make("cuda")
-    first = case.run(inputs)
+    first = case.run(inputs, variant)
     for _ in range(5):
-        for got, want in zip(case.run(inputs), first, strict=True):
+        for got, want in zip(case.run(inputs, variant), first, strict=True):
             assert torch.equal(got, want)
 
 
-def test_a_chain_waits_for_each_link() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_chain_waits_for_each_link(variant: str) -> None:
     """Transforms and rows that the kernel before has just written; with a pause between them the same bits."""
     inputs = FlatQuantCase(64, 64, 64).make("cuda")
 
     def chain(pause: bool) -> list[torch.Tensor]:
         x, kept = inputs.x, []
         for _ in range(12):
-            q, scales = quantize(x, inputs.left, inputs.right)
+            q, scales = quantize(x, inputs.left, inputs.right, variant=variant)
             x = nybble.rmsnorm(nybble.dequantize_int4(q, scales), inputs.right.new_ones(4096))
             if pause:
                 torch.cuda.synchronize()

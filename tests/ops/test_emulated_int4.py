@@ -24,19 +24,29 @@ HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
 def quantized(
-    case: FlatQuantCase, inputs: Inputs, blocks: int, changed: dict[str, Any], *, offset: bool = False
+    case: FlatQuantCase,
+    inputs: Inputs,
+    blocks: int,
+    changed: dict[str, Any],
+    *,
+    variant: str = "mma",
+    offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel writes, in a form with some constants other than the cost model's."""
+    """What a kernel writes, in a form with some constants other than the cost model's."""
     spec = case.spec()._replace(offset=offset)
-    config = {**flat_cost.shape(spec, H200), **changed}
-    config["SHARED"] = 227 << 10
+    form = {"mma": flat_cost.shape, "wgmma": flat_cost.hopper, "turned": flat_cost.turned, "few": flat_cost.shared_out}[
+        variant
+    ](spec, H200)
+    assert isinstance(form, dict), form
+    config = {**form, **changed, "SHARED": 227 << 10}
+    candidate = Candidate(variant, tuple(config.items()))
     q, scales = flat_op._results(inputs.x, case.clips, case.packed)
     q.fill_(0x55), scales.fill_(float("nan"))
     ratios = [*case.clip_ratios, 1.0, 1.0, 1.0][:4]
     emulate.launch(
-        flat_op.source(spec, tuple(config.items())), "qqqqqnndddd", (blocks, 1, 1),
-        32 * int(config["WARPS"]) * int(config["GROUPS"]), *inputs, q, scales, case.tokens, inputs.x.stride(0), *ratios,
-        shared_bytes=int(config["SHARED"]),
+        flat_op.source(spec, candidate), "qqqqqnndddd", (blocks * (across := flat_op.cluster(spec, candidate)), 1, 1),
+        flat_op.threads(spec, candidate), *inputs, q, scales, case.tokens, inputs.x.stride(0), *ratios,
+        shared_bytes=int(config["SHARED"]), cluster=across,
     )  # fmt: skip
     return (q, scales) if case.clips > 1 else (q[0], scales[0])
 
@@ -70,33 +80,105 @@ def test_flatquant(case: FlatQuantCase, blocks: int, changed: dict[str, Any]) ->
     within(case, inputs, quantized(case, inputs, blocks, changed))
 
 
+HOPPER: list[tuple[FlatQuantCase, int, dict[str, Any]]] = [
+    (FlatQuantCase(7, 64, 64), 2, {"GROUPS": 2}),
+    (FlatQuantCase(3, 64, 64, packed=False), 2, {"GROUPS": 1, "BUFFERS": 1}),
+    (FlatQuantCase(5, 22, 80), 1, {"GROUPS": 2}),  # padding of M; a part of 16 columns
+    (FlatQuantCase(5, 9, 80, BRAIN, packed=False, clip=0.8), 1, {"GROUPS": 2, "BUFFERS": 1}),
+    (FlatQuantCase(5, 64, 128, BRAIN, clip=0.9), 1, {"GROUPS": 3}),
+    (FlatQuantCase(3, 86, 128), 1, {"GROUPS": 2}),  # two warpgroups, warps that have none of the rows
+    (FlatQuantCase(3, 70, 128, packed=False, clips=3), 2, {"GROUPS": 1, "BUFFERS": 1}),
+    (FlatQuantCase(2, 128, 224), 1, {}),
+    (FlatQuantCase(3, 1, 224, packed=False, clips=2), 1, {"GROUPS": 2}),
+]
+
+
+@pytest.mark.parametrize(("case", "blocks", "changed"), HOPPER, ids=lambda value: str(value)[:110])
+def test_flatquant_on_hopper(case: FlatQuantCase, blocks: int, changed: dict[str, Any]) -> None:
+    inputs = case.make()
+    within(case, inputs, quantized(case, inputs, blocks, changed, variant="wgmma"))
+
+
+TURNED: list[tuple[FlatQuantCase, int, dict[str, Any]]] = [
+    (FlatQuantCase(5, 64, 64), 2, {"GROUPS": 2}),
+    (FlatQuantCase(3, 86, 128), 1, {"GROUPS": 2}),  # padding of M, and of a product's columns
+    (FlatQuantCase(3, 112, 128, BRAIN, packed=False, clip=0.8), 1, {"GROUPS": 1, "BUFFERS": 1}),
+    (FlatQuantCase(5, 9, 64, packed=False, clips=3), 1, {"GROUPS": 3}),
+    (FlatQuantCase(3, 65, 64, clips=2), 2, {"GROUPS": 1, "BUFFERS": 1}),
+]
+
+
+@pytest.mark.parametrize(("case", "blocks", "changed"), TURNED, ids=lambda value: str(value)[:110])
+def test_flatquant_turned(case: FlatQuantCase, blocks: int, changed: dict[str, Any]) -> None:
+    inputs = case.make()
+    within(case, inputs, quantized(case, inputs, blocks, changed, variant="turned"))
+
+
+FEW: list[tuple[FlatQuantCase, dict[str, Any]]] = [
+    (FlatQuantCase(2, 64, 64), {}),
+    (FlatQuantCase(1, 64, 64, packed=False), {"NW": 32}),
+    (FlatQuantCase(1, 86, 128), {}),
+    (FlatQuantCase(1, 22, 80, BRAIN, packed=False, clip=0.8), {}),
+    (FlatQuantCase(2, 2, 16, clips=3), {}),
+    (FlatQuantCase(1, 128, 224, BRAIN), {}),
+]
+
+
+@pytest.mark.parametrize(("case", "changed"), FEW, ids=lambda value: str(value)[:110])
+def test_flatquant_of_few_tokens(case: FlatQuantCase, changed: dict[str, Any]) -> None:
+    inputs = case.make()
+    within(case, inputs, quantized(case, inputs, case.tokens, changed, variant="few"))
+
+
 @pytest.mark.parametrize("deviation", [1e3, 1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("nw", [16, 64])
-def test_nothing_overflows_or_vanishes(deviation: float, nw: int) -> None:
+@pytest.mark.parametrize("nw", [16, 64, "wgmma", "turned", "few"])
+def test_nothing_overflows_or_vanishes(deviation: float, nw: int | str) -> None:
     """fp16 whose intermediate passes 65504, and down to subnormals: the power of two between the products."""
     case = FlatQuantCase(3, 16, 64, deviation=deviation)
     inputs = case.make()
     if deviation == 1e3:
         inputs.x[1] = 60000.0
-        inputs = inputs._replace(right=torch.ones(64, 64, dtype=HALF) / 8)  # 480000 before the second transform
-    within(case, inputs, quantized(case, inputs, 1, {"NW": nw, "WARPS": 64 // nw}))
+        # 480000 before the second transform, and 240000 where the left one is the first
+        right = torch.ones(64, 64, dtype=HALF) / 8
+        inputs = inputs._replace(right=right, left=torch.ones(16, 16, dtype=HALF) / 4)
+    if isinstance(nw, str):
+        within(case, inputs, quantized(case, inputs, case.tokens, {}, variant=nw))
+    else:
+        within(case, inputs, quantized(case, inputs, 1, {"NW": nw, "WARPS": 64 // nw}))
 
 
-def test_offset_binary() -> None:
-    case = FlatQuantCase(3, 16, 32)
+@pytest.mark.parametrize("variant", ["mma", "wgmma", "turned", "few"])
+def test_offset_binary(variant: str) -> None:
+    case = FlatQuantCase(3, 16, 64)
     inputs = case.make()
-    plain, binary = (quantized(case, inputs, 1, {}, offset=offset)[0] for offset in (False, True))
+    plain, binary = (
+        quantized(case, inputs, case.tokens, {}, variant=variant, offset=offset)[0] for offset in (False, True)
+    )
     assert torch.equal(pack(unpack(plain), offset=True), binary)
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("dtype", [HALF, BRAIN, FLOAT], ids=str)
-def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, packed: bool) -> None:
-    case = FlatQuantCase(5, 16, 32, dtype, packed=packed, clip=0.9)
+@pytest.mark.parametrize(
+    ("dtype", "variant"),
+    [
+        (HALF, "mma"),
+        (BRAIN, "mma"),
+        (FLOAT, "mma"),
+        (HALF, "wgmma"),
+        (BRAIN, "wgmma"),
+        (HALF, "turned"),
+        (BRAIN, "turned"),
+        (HALF, "few"),
+        (BRAIN, "few"),
+    ],
+    ids=str,
+)
+def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, variant: str, packed: bool) -> None:
+    case = FlatQuantCase(5, 16, 32 if variant == "mma" else 64, dtype, packed=packed, clip=0.9)
     inputs = case.make()
-    clean, clean_scales = quantized(case, inputs, 1, {})
+    clean, clean_scales = quantized(case, inputs, case.tokens, {}, variant=variant)
     inputs.x[1], inputs.x[2, 100], inputs.x[3, 0] = 0.0, float("nan"), float("-inf")
-    q, scales = quantized(case, inputs, 1, {})
+    q, scales = quantized(case, inputs, case.tokens, {}, variant=variant)
     assert scales[1] == 1.0
     assert scales[[2, 3]].isnan().all()
     assert not q[1:4].any()
@@ -104,13 +186,14 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype, packed: 
     assert torch.equal(scales[[0, 4]], clean_scales[[0, 4]])
 
 
-def test_rows_apart() -> None:
-    case = FlatQuantCase(4, 16, 32)
+@pytest.mark.parametrize("variant", ["mma", "wgmma", "turned", "few"])
+def test_rows_apart(variant: str) -> None:
+    case = FlatQuantCase(4, 8, 64)
     inputs = case.make()
     wide = torch.full((4, 640), float("nan"), dtype=HALF)
     wide[:, 64:576] = inputs.x
     apart = inputs._replace(x=wide[:, 64:576])
-    within(case, inputs, quantized(case, apart, 1, {}))
+    within(case, inputs, quantized(case, apart, case.tokens, {}, variant=variant))
 
 
 # A form (TILE_M, TEAMS, SLICES, CLUSTER), stages ahead, and how many clusters.

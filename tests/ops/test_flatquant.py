@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nybble
-from nybble.ops.flatquant import cost
-from nybble.ops.flatquant.cases import DTYPES, SIZES, SMALL, FlatQuantCase
+from nybble.bench.run import dtype_name, options
+from nybble.ops.flatquant import cost, op
+from nybble.ops.flatquant.cases import BENCH, DTYPES, SIZES, SMALL, FlatQuantCase
 from nybble.ops.flatquant.op import cuda
 from nybble.ops.flatquant.reference import pack, unpack
+from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import A100, H200
 
 quantize = nybble.flatquant_dynamic_quantize
@@ -231,6 +235,61 @@ def test_every_size_has_a_form(tokens: int, dtype: torch.dtype, card: object) ->
             assert config["ALIGNED"] <= (aligned and n % 8 == 0)
             assert warps * nw >= n or (int(config["PARTS"]) > 1 or warps == 8)
             assert config["BUFFERS"] or dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_variants_of_hopper(tokens: int, dtype: torch.dtype) -> None:
+    """What is asked for fits; what can't run says why; no other GPU is asked."""
+    for m, n in [*SIZES, *itertools.product((1, 2, 33, 64, 80, 128, 129, 200), (16, 64, 80, 128, 129, 192, 224, 256))]:
+        case = FlatQuantCase(tokens, m, n, dtype, packed=m * n % 8 == 0)
+        spec = case.spec()
+        known = {c.variant: c for c in cost.candidates(spec, H200)}
+        assert not known["mma"].refused
+        half = dtype != torch.float32
+        assert known["wgmma"].refused == (not half or m > 128 or n not in (64, 80, 128, 224) or not spec.aligned)
+        assert known["turned"].refused == (not half or m > 128 or n not in (64, 128) or not spec.aligned)
+        fits = n <= 256 and n % (16 if n <= 128 else 32) == 0
+        assert known["few"].refused == (not half or m > 128 or m % 2 == 1 or not fits or not spec.aligned)
+        for candidate in (known["wgmma"], known["turned"], known["few"]):
+            assert candidate.reason
+            if not candidate.refused:
+                assert int(dict(candidate.config)["SHARED"]) <= H200.shared_bytes
+                assert op.threads(spec, candidate) <= 1024
+                assert op.cluster(spec, candidate) <= 8
+        assert {c.variant for c in cost.candidates(spec, A100) if not c.refused} <= {"mma", "reference"}
+    unaligned = FlatQuantCase(tokens, 64, 64, dtype).spec()._replace(aligned=False)
+    assert cost.choose(unaligned, H200).pick.variant == "mma"
+
+
+def test_a_variant_is_asked_for_by_name() -> None:
+    inputs = FlatQuantCase(4, 8, 8).make()
+    with pytest.raises(UnsupportedError, match="no CUDA device"):
+        quantize(*inputs, variant="wgmma")
+    with pytest.raises(ValueError, match="variant: expected 'auto' or one of"):
+        quantize(*inputs, variant="fast")
+    assert torch.equal(quantize(*inputs, variant="reference")[0], quantize(*inputs)[0])
+
+
+ROWS = Path(__file__).parents[2] / "results" / "h200" / "flatquant.jsonl"
+
+
+@pytest.mark.skipif(not ROWS.exists(), reason="nothing is measured yet")
+@pytest.mark.parametrize("case", BENCH, ids=str)
+def test_the_pick_is_within_5_percent_of_the_fastest_row(case: FlatQuantCase) -> None:
+    """Of what was measured on an H200, kernel by kernel; a row of another form than today's does not count."""
+    choice = cost.choose(case.spec(), H200)
+    now = {c.variant: json.loads(json.dumps(dict(c.config))) for c in choice.candidates if not c.refused}
+    measured = {
+        row["variant"]: row["us"]
+        for row in map(json.loads, ROWS.read_text().splitlines())
+        if (row["shape"], row["dtype"]) == (case.shape(), dtype_name(case))
+        and (row["provider"], row.get("options", {})) == ("nybble", options(case))
+        and row.get("config", now.get(row["variant"])) == now.get(row["variant"])
+    }
+    pick = choice.pick.variant
+    assert pick in measured, "the form that is chosen was never measured"
+    assert measured[pick] <= 1.05 * min(measured.values()), (pick, measured)
 
 
 def test_sizes_of_models_run_in_one_pass_from_shared_memory() -> None:

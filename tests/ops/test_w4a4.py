@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from checks import check_case
 
 import nybble
+from nybble.bench.run import dtype_name, options
 from nybble.formats.channels import ChannelWeight
 from nybble.ops.w4a4 import cost
-from nybble.ops.w4a4.cases import BENCH, SMALL, W4A4Case
+from nybble.ops.w4a4.cases import BENCH, PRODUCTS, SMALL, W4A4Case
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import A100, H200
 
@@ -105,3 +109,38 @@ def test_choice() -> None:
     assert W4A4Case(1, 64, 72).choice(H200).pick.variant == "reference"
     with pytest.raises(ValueError, match="variant"):
         cost.choose(W4A4Case().spec("fast"), H200)
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_the_prediction_is_within_a_tenth_of_the_row(case: W4A4Case) -> None:
+    """Of the pick, as an H200 was measured; rows of another tile than today's do not count."""
+    pick = case.choice(H200).pick
+    rows = (Path(__file__).parents[2] / "results" / "h200" / "w4a4.jsonl").read_text().splitlines()
+    measured = [
+        row["us"]
+        for row in map(json.loads, rows)
+        if row["shape"] == case.shape()
+        and (row["dtype"], row["provider"], row["variant"]) == (dtype_name(case), "nybble", pick.variant)
+        and row.get("options", {}) == options(case)
+        and row.get("config", dict(pick.config)) == dict(pick.config)
+    ]
+    assert measured, "a case or a tile that was never measured"
+    assert pick.us == pytest.approx(measured[-1], rel=0.1)
+
+
+TILES = {
+    1: (8, 1, 4, 1),
+    16: (16, 1, 4, 1),
+    64: (64, 2, 2, 1),
+    128: (128, 2, 1, 2),
+    512: (128, 2, 1, 2),
+    1024: (256, 2, 1, 2),
+}
+"""What the rows were measured with, by M; more rows as 1024."""
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_the_tile_is_that_of_the_rows(case: W4A4Case) -> None:
+    config = dict(case.choice(H200).pick.config)
+    form = tuple(config[name] for name in ("TILE_M", "TEAMS", "SLICES", "CLUSTER"))
+    assert form == TILES[min(case.m, 1024)]

@@ -34,27 +34,36 @@ __device__ __forceinline__ unsigned wgmma_rows(const void* at) {
     return (static_cast<unsigned>(__cvta_generic_to_shared(at)) & 0x3ffffu) >> 4 | 1u << 16;
 }
 
+// The same of B whose columns are neighbours in memory: tiles of 64 columns lie `apart` bytes from each other, each of them
+// rows of k, 128 bytes each, swizzled as above. Add 128 for the next 16 rows.
+__device__ __forceinline__ unsigned wgmma_columns(const void* at, int apart) {
+    return (static_cast<unsigned>(__cvta_generic_to_shared(at)) & 0x3ffffu) >> 4 | static_cast<unsigned>(apart / 16) << 16;
+}
+
 // d (+)= A B, m64 nCOLS k16; warp w of the four has rows 16 w .. 16 w + 15 of A and D, as in mma.cuh, and
-// d[4 j ..] is D's columns 8 j .. 8 j + 7. PTX ISA, "wgmma.mma_async".
-#define NYBBLE_WGMMA(COLS, COUNT, D, A, B, P, ...)                                                                      \
+// d[4 j ..] is D's columns 8 j .. 8 j + 7. wgmma_add takes B of wgmma_rows, wgmma_add_columns of wgmma_columns. PTX ISA,
+// "wgmma.mma_async".
+#define NYBBLE_WGMMA_OF(NAME, TRANSPOSED, COLS, COUNT, D, A, B, P, ...)                                                 \
     template <typename T>                                                                                               \
-    __device__ __forceinline__ void wgmma_add(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) { \
+    __device__ __forceinline__ void NAME(float (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {              \
         if constexpr (same<T, half_t>)                                                                                  \
-            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                         \
-                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                           \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                        \
+                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                                       \
                          "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.f16.f16 {" D "}, {" A "}, rows"             \
-                         ", p, 1, 1, 0;\n\t}"                                                                           \
+                         ", p, 1, 1, " TRANSPOSED ";\n\t}"                                                              \
                          : __VA_ARGS__                                                                                  \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                               \
         else                                                                                                            \
-            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                         \
-                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                           \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 rows;\n\tsetp.ne.b32 p, " P ", 0;\n\t"                        \
+                         "mov.b64 rows, {" B ", 0x40000040};\n\t"                                                       \
                          "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.bf16.bf16 {" D "}, {" A "}, rows"           \
-                         ", p, 1, 1, 0;\n\t}"                                                                           \
+                         ", p, 1, 1, " TRANSPOSED ";\n\t}"                                                              \
                          : __VA_ARGS__                                                                                  \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                               \
     }
 #define NYBBLE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define NYBBLE_WGMMA(...) NYBBLE_WGMMA_OF(wgmma_add, "0", __VA_ARGS__)
+#define NYBBLE_WGMMA_COLUMNS(...) NYBBLE_WGMMA_OF(wgmma_add_columns, "1", __VA_ARGS__)
 NYBBLE_WGMMA(8, 4, "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", "%9", NYBBLE_D4(0))
 NYBBLE_WGMMA(16, 8, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", NYBBLE_D4(0), NYBBLE_D4(4))
 NYBBLE_WGMMA(32, 16, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21",
@@ -89,8 +98,78 @@ NYBBLE_WGMMA(256, 128,
              NYBBLE_D4(72), NYBBLE_D4(76), NYBBLE_D4(80), NYBBLE_D4(84), NYBBLE_D4(88), NYBBLE_D4(92),
              NYBBLE_D4(96), NYBBLE_D4(100), NYBBLE_D4(104), NYBBLE_D4(108), NYBBLE_D4(112), NYBBLE_D4(116),
              NYBBLE_D4(120), NYBBLE_D4(124))
+NYBBLE_WGMMA(88, 44,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43",
+             "%44,%45,%46,%47", "%48", "%49",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36), NYBBLE_D4(40))
+NYBBLE_WGMMA(112, 56,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+             "%48,%49,%50,%51,%52,%53,%54,%55",
+             "%56,%57,%58,%59", "%60", "%61",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36), NYBBLE_D4(40), NYBBLE_D4(44),
+             NYBBLE_D4(48), NYBBLE_D4(52))
+NYBBLE_WGMMA_COLUMNS(64, 32,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
+             "%32,%33,%34,%35", "%36", "%37",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28))
+NYBBLE_WGMMA_COLUMNS(80, 40,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39",
+             "%40,%41,%42,%43", "%44", "%45",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36))
+NYBBLE_WGMMA_COLUMNS(88, 44,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43",
+             "%44,%45,%46,%47", "%48", "%49",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36), NYBBLE_D4(40))
+NYBBLE_WGMMA_COLUMNS(112, 56,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+             "%48,%49,%50,%51,%52,%53,%54,%55",
+             "%56,%57,%58,%59", "%60", "%61",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36), NYBBLE_D4(40), NYBBLE_D4(44),
+             NYBBLE_D4(48), NYBBLE_D4(52))
+NYBBLE_WGMMA_COLUMNS(128, 64,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+             "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
+             "%64,%65,%66,%67", "%68", "%69",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36), NYBBLE_D4(40), NYBBLE_D4(44),
+             NYBBLE_D4(48), NYBBLE_D4(52), NYBBLE_D4(56), NYBBLE_D4(60))
+NYBBLE_WGMMA_COLUMNS(224, 112,
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+             "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+             "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+             "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+             "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111",
+             "%112,%113,%114,%115", "%116", "%117",
+             NYBBLE_D4(0), NYBBLE_D4(4), NYBBLE_D4(8), NYBBLE_D4(12), NYBBLE_D4(16), NYBBLE_D4(20),
+             NYBBLE_D4(24), NYBBLE_D4(28), NYBBLE_D4(32), NYBBLE_D4(36), NYBBLE_D4(40), NYBBLE_D4(44),
+             NYBBLE_D4(48), NYBBLE_D4(52), NYBBLE_D4(56), NYBBLE_D4(60), NYBBLE_D4(64), NYBBLE_D4(68),
+             NYBBLE_D4(72), NYBBLE_D4(76), NYBBLE_D4(80), NYBBLE_D4(84), NYBBLE_D4(88), NYBBLE_D4(92),
+             NYBBLE_D4(96), NYBBLE_D4(100), NYBBLE_D4(104), NYBBLE_D4(108))
 #undef NYBBLE_D4
 #undef NYBBLE_WGMMA
+#undef NYBBLE_WGMMA_COLUMNS
+#undef NYBBLE_WGMMA_OF
 
 // The same of int8, k32, sums in int32: rows of B are 128 values, add 2 for the next 32. A's registers: rows g, g + 8, g, g + 8 of
 // k = 4 t .. 4 t + 3, and of 16 more.

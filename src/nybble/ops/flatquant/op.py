@@ -14,14 +14,15 @@ from nybble.ops.flatquant.reference import flatquant, unpack
 from nybble.ops.register import register
 from nybble.runtime import hardware
 from nybble.runtime.build import compile_kernel
+from nybble.runtime.choice import Candidate
 from nybble.runtime.errors import wrong_type, wrong_value
 from nybble.runtime.plan import Plan
 from nybble.runtime.source import PACKAGE, Source
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL = PACKAGE / "ops" / "flatquant" / "flatquant.cu"
+FOLDER = PACKAGE / "ops" / "flatquant"
 PARAMETERS = "7q4d"
-"""Pointers, the number of tokens, the distance of rows, four clip ratios: what ``flatquant.cu`` takes."""
+"""Pointers, the number of tokens, the distance of rows, four clip ratios: what every variant takes."""
 FUNCTION = "flatquant_dynamic_quantize"
 LARGEST = 256
 """Of M and of N."""
@@ -77,8 +78,8 @@ def spec_of(
     return cost.Spec(x.dtype, m, n, tokens, packed, offset, len(clip_ratios), clamp, aligned, variant)
 
 
-def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
-    """The specialisation of ``flatquant.cu`` for a request and the constants of a candidate."""
+def source(spec: cost.Spec, candidate: Candidate) -> Source:
+    """The specialisation of the candidate's kernel file for a request."""
     constants = (
         ("X", spec.dtype),
         ("M", spec.m),
@@ -87,31 +88,53 @@ def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
         ("OFFSET", spec.offset),
         ("CLIPS", spec.clips),
         ("CLAMP", spec.clamp),
-        *config,
+        *candidate.config,
     )
-    return Source(KERNEL, constants)
+    return Source(FOLDER / f"{candidate.variant}.cu", constants)
 
 
 _PLANS: dict[tuple[Any, ...], tuple[Plan, int] | None] = {}
-"""By request: the plan and how many blocks run at once; ``None`` where the reference runs."""
+"""By request: what :func:`prepare` returns; ``None`` where the reference runs."""
+
+
+def threads(spec: cost.Spec, candidate: Candidate) -> int:
+    """Of a block."""
+    config = dict(candidate.config)
+    if candidate.variant == "few":
+        return 32 * -(-spec.m // 16)
+    rows = {"wgmma": spec.m, "turned": spec.n}
+    warps = config["WARPS"] if candidate.variant == "mma" else 4 * -(-rows[candidate.variant] // 64)
+    return 32 * warps * config["GROUPS"]
+
+
+def cluster(spec: cost.Spec, candidate: Candidate) -> int:
+    """Blocks of a token."""
+    return spec.n // dict(candidate.config)["NW"] if candidate.variant == "few" else 1
+
+
+def prepare(spec: cost.Spec, candidate: Candidate, device: int) -> tuple[Plan, int]:
+    """A candidate of a request, built and loaded, and the most blocks (clusters) of a launch: as many as run at once,
+    but where each has one token only.
+    """
+    card = hardware.current(device)
+    assert card is not None, "a CUDA tensor without a CUDA device"
+    plan = Plan(
+        compile_kernel(source(spec, candidate), card.arch),
+        PARAMETERS,
+        device=device,
+        threads=threads(spec, candidate),
+        shared_bytes=dict(candidate.config)["SHARED"],
+        cluster=cluster(spec, candidate),
+        overlap=card.capability >= (9, 0),
+    )
+    return plan, spec.tokens if candidate.variant == "few" else plan.clusters_at_once()
 
 
 def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
     chosen = cost.choose(spec, card).pick
-    if chosen.variant != "cuda":
-        return None
-    config = dict(chosen.config)
-    plan = Plan(
-        compile_kernel(source(spec, chosen.config), card.arch),
-        PARAMETERS,
-        device=device,
-        threads=32 * config["WARPS"] * config["GROUPS"],
-        shared_bytes=config["SHARED"],
-        overlap=card.capability >= (9, 0),
-    )
-    return plan, plan.clusters_at_once()
+    return None if chosen.variant == "reference" else prepare(spec, chosen, device)
 
 
 def _straight(x: Tensor) -> Tensor:
@@ -155,11 +178,11 @@ def cuda(
     entry = _PLANS[key]
     if entry is None:
         return flatquant(x, left, right, clip_ratios, packed, offset)
-    plan, at_once = entry
+    plan, most = entry
     q, scales = _results(x, len(clip_ratios), packed)
     if tokens:
         plan.launch(
-            (min(tokens, at_once), 1, 1),
+            (min(tokens, most) * plan.cluster, 1, 1),
             x.data_ptr(), left.data_ptr(), right.data_ptr(), q.data_ptr(), scales.data_ptr(), tokens, stride, *clips,
         )  # fmt: skip
     return q, scales
@@ -202,6 +225,7 @@ def flatquant_dynamic_quantize(
     use_cuda: bool = True,
     *,
     offset_binary: bool = False,
+    variant: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Each row, as a matrix X ``[M, N]``, transformed to ``Y = left_trans^T X right_trans`` and rounded to int4.
 
@@ -217,15 +241,17 @@ def flatquant_dynamic_quantize(
         pack_int32: eight values a word, element i in bits ``4 * (i % 8)``, two's complement; features a multiple of 8.
         use_cuda: ``False`` runs the reference in PyTorch, which is what runs on CPU tensors anyway.
         offset_binary: words of ``q + 8`` instead.
+        variant: ``"auto"``, ``"mma"`` or ``"reference"``; on Hopper with 16 bits and M to 128 ``"wgmma"`` (N of 64, 80,
+            128, 224), ``"turned"`` (N of 64, 128) and ``"few"`` (for few tokens) too.
 
     Returns:
         ``(quantized, scales)``: int8 ``[T, F]`` or int32 ``[T, F / 8]``, and float32 ``[T]``. For several clip ratios
         ``[clips, T, ...]`` and ``[clips, T]``.
 
     Raises:
-        TypeError: a dtype. ValueError: a shape, stride, device or value.
+        TypeError: a dtype. ValueError: a shape, stride, device or value. UnsupportedError: the variant can't run here.
 
-    Numerics: both products have float32 accumulators. Between them ``X right_trans`` is rounded once to 16 bits: to
+    Numerics: both products have float32 accumulators. Between them the first one is rounded once to 16 bits: to
         bfloat16, or to float16 after multiplication by a power of two where it would not fit, so that nothing
         overflows; of float32 inputs it stays, and factors have 22 bits. A value may differ from exact arithmetic by one
         where ``Y / scale`` lies within that error of a tie: for orthogonal transforms of 64 rows 0.02 (float16),
@@ -236,7 +262,7 @@ def flatquant_dynamic_quantize(
     """
     single = isinstance(clip_ratio, int | float)
     clips = [float(clip_ratio)] if isinstance(clip_ratio, int | float) else [float(clip) for clip in clip_ratio]
-    variant = "auto" if use_cuda else "reference"
+    variant = variant if use_cuda else "reference"
     q, scales = _flatquant(input_tensor, left_trans, right_trans, clips, pack_int32, offset_binary, variant)
     return (q[0], scales[0]) if single else (q, scales)
 

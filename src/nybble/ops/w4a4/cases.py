@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nybble.formats.channels import ChannelWeight
 from nybble.ops.case import ROUNDING, Case, Tensors, take
+from nybble.ops.flatquant import cases as flat
 from nybble.ops.norm.cases import TINY
 from nybble.ops.w4a4 import cost, op
 from nybble.runtime.choice import Choice
@@ -22,7 +23,10 @@ from nybble.runtime.source import Source
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one call; ``q`` int8 ``[K, N]`` and ``scales`` ``[N]`` are the meaning of ``weight``, which no call reads."""
+    """Of one call; ``q`` int8 ``[K, N]`` and ``scales`` ``[N]`` are the meaning of ``weight``, which no call reads.
+
+    ``raw``: activations that are quantised first; then ``q_x`` and ``scale_x`` are empty.
+    """
 
     q_x: Tensor
     scale_x: Tensor
@@ -30,6 +34,7 @@ class Inputs:
     bias: Tensor | None
     q: Tensor
     scales: Tensor
+    raw: flat.Inputs | None = None
     never_read: ClassVar[tuple[str, ...]] = ("q", "scales")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -39,13 +44,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class W4A4Case(Case):
-    """One request: rows, features, the dtype of the result."""
+    """One request: rows, features, the dtype of the result.
+
+    ``left``: activations come in ``dtype`` and FlatQuant, whose left transform is so large, comes first; 0: as int8.
+    """
 
     m: int = 1
     n: int = 4096
     k: int = 4096
     dtype: torch.dtype = torch.float16
     bias: bool = False
+    left: int = 0
     op: ClassVar[str] = "w4a4"
     function: str = field(default="w4a4_linear", init=False)
 
@@ -61,26 +70,50 @@ class W4A4Case(Case):
         def between(low: float, high: float, size: int) -> Tensor:
             return low + (high - low) * torch.rand(size, generator=draw, device=device)
 
-        q_x, q = values(self.m, self.k), values(self.k, self.n)
-        scale_x, scales = between(0.1, 0.5, self.m), between(0.5, 1.5, self.n) * (0.2 / self.k**0.5)
+        rows = 0 if self.left else self.m
+        q_x, q = values(rows, self.k), values(self.k, self.n)
+        scale_x, scales = between(0.1, 0.5, rows), between(0.5, 1.5, self.n) * (0.2 / self.k**0.5)
         bias = between(-1.0, 1.0, self.n).to(self.dtype) if self.bias else None
-        return Inputs(q_x, scale_x, ChannelWeight.from_values(q, scales), bias, q, scales)
+        raw = self.quantiser.make(device, seed) if self.left else None
+        return Inputs(q_x, scale_x, ChannelWeight.from_values(q, scales), bias, q, scales, raw)
+
+    @property
+    def quantiser(self) -> flat.FlatQuantCase:
+        """What comes first where activations are not int8."""
+        return flat.FlatQuantCase(self.m, self.left, self.k // self.left, self.dtype, packed=False)
 
     def bind(self, inputs: Inputs, variant: str = "auto") -> Callable[[], Any]:
-        q_x, scale_x, weight, bias = inputs.q_x, inputs.scale_x, inputs.weight, inputs.bias
-        return partial(op.w4a4_linear, q_x, scale_x, weight, bias=bias, dtype=self.dtype, variant=variant)
+        weight, bias, raw = inputs.weight, inputs.bias, inputs.raw
+        multiply = partial(op.w4a4_linear, bias=bias, dtype=self.dtype, variant=variant)
+        if raw is None:
+            return partial(multiply, inputs.q_x, inputs.scale_x, weight)
+        quantise = self.quantiser.bind(raw)
+
+        def both() -> Tensor:
+            q_x, scale_x = quantise()
+            return multiply(q_x, scale_x, weight)
+
+        return both
 
     def run(self, inputs: Inputs, variant: str = "auto") -> Tensors:
         return (self.bind(inputs, variant)(),)
 
     def truth(self, inputs: Inputs) -> Tensors:
-        y = (inputs.q_x.double() @ inputs.q.double()) * inputs.scale_x.double()[:, None] * inputs.scales.double()
+        q_x, scale_x = (inputs.q_x, inputs.scale_x) if inputs.raw is None else self.quantiser.truth(inputs.raw)
+        y = (q_x.double() @ inputs.q.double()) * scale_x.double()[:, None] * inputs.scales.double()
         return (y if inputs.bias is None else y + inputs.bias.double(),)
 
     def tolerance(self, inputs: Inputs, truth: Tensors) -> Tensors:
-        """One rounding of the result, and those of two products and a sum in fp32."""
+        """One rounding of the result, and those of two products and a sum in fp32; and how far the quantiser is off."""
         product = truth[0] if inputs.bias is None else (truth[0] - inputs.bias.double())
-        return (ROUNDING[self.dtype] * truth[0].abs() + 2.0**-22 * (product.abs() + truth[0].abs()) + TINY[self.dtype],)
+        error = ROUNDING[self.dtype] * truth[0].abs() + 2.0**-22 * (product.abs() + truth[0].abs()) + TINY[self.dtype]
+        if inputs.raw is not None:
+            right = self.quantiser.truth(inputs.raw)
+            of_q, of_scale = self.quantiser.tolerance(inputs.raw, right)
+            scales = inputs.scales.double()
+            error = error + (of_q @ inputs.q.double().abs()) * (right[1] + of_scale)[:, None] * scales
+            error = error + product.abs() * (of_scale / right[1])[:, None]
+        return (error,)
 
     def spec(self, variant: str = "auto") -> cost.Spec:
         m = 1 << max(0, self.m - 1).bit_length()
@@ -98,6 +131,9 @@ class W4A4Case(Case):
     @property
     def bytes(self) -> int:
         result = (self.m + self.bias) * self.n * self.dtype.itemsize
+        if self.left:  # what is between the two kernels need not cross
+            transforms = self.left**2 + (self.k // self.left) ** 2
+            result += (self.m * self.k + transforms) * self.dtype.itemsize - self.m * (self.k + 4)
         return self.m * (self.k + 4) + self.n * (self.k // 2 + 4) + result
 
     @property
@@ -107,15 +143,26 @@ class W4A4Case(Case):
 
 
 ROWS = (1, 16, 64, 128, 512, 1024, 2048, 4096)
-BENCH: tuple[W4A4Case, ...] = (
+PRODUCTS: tuple[W4A4Case, ...] = (
     *(W4A4Case(m, 12288, 4096) for m in ROWS),
     *(W4A4Case(m, 28672, 8192) for m in (1, 16, 1024, 4096)),
     *(W4A4Case(m, 4096, 4096) for m in (1, 16, 1024, 4096)),
     W4A4Case(1024, 12288, 4096, torch.bfloat16, bias=True),
 )
-"""What a GPU is measured on."""
+"""What a GPU is measured on: the product alone."""
 
-SMALL: tuple[W4A4Case, ...] = (W4A4Case(4, 128, 256), W4A4Case(33, 72, 144, torch.bfloat16, bias=True))
+LAYERS: tuple[W4A4Case, ...] = (
+    *(W4A4Case(m, n, 4096, left=64) for n in (4096, 12288) for m in (1, 16, 1024, 4096)),
+    *(W4A4Case(m, 28672, 8192, left=64) for m in (1, 1024, 4096)),
+)
+"""And with FlatQuant before it, as a linear layer has it."""
+BENCH = PRODUCTS + LAYERS
+
+SMALL: tuple[W4A4Case, ...] = (
+    W4A4Case(4, 128, 256),
+    W4A4Case(33, 72, 144, torch.bfloat16, bias=True),
+    W4A4Case(5, 72, 128, left=8),
+)
 """What a CPU can run in a moment."""
 
 GATE: tuple[W4A4Case, ...] = (

@@ -25,6 +25,7 @@
 #include "copy.cuh"
 #include "dependent.cuh"
 #include "mma.cuh"
+#include "quantise.cuh"
 #include "reduce.cuh"
 #include "vectors.cuh"
 
@@ -70,9 +71,8 @@ template <int SIZE, int STRIDE, typename To> __device__ __forceinline__ void bri
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restrict__ right, unsigned char* __restrict__ q,
-                 float* __restrict__ scales, long long tokens, long long row_stride, double clip0, double clip1, double clip2,
-                 double clip3) {
+mma_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restrict__ right, unsigned char* __restrict__ q,
+           float* __restrict__ scales, long long tokens, long long row_stride, double clip0, double clip1, double clip2, double clip3) {
     extern __shared__ __align__(128) unsigned char shared[];
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp = uniform(threadIdx.x / 32), group = warp / WARPS, w = warp % WARPS;
@@ -308,20 +308,8 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
             }
             float clip = ratio[0];
             if constexpr (CLIPS > 1) clip = c == 0 ? ratio[0] : c == 1 ? ratio[1] : c == 2 ? ratio[2] : ratio[3];
-            float scale = fmaxf(clip * row_max / 7.0f, 1.17549435e-38f), inverse;
-            if (row_max == 0.0f) scale = 1.0f;
-            inverse = finite ? 1.0f / scale * back : 1.0f;
-            if (!finite) scale = __int_as_float(0x7fc00000);
-            if (of_group == 0 && piece == 0) scales[c * tokens + token] = scale;
-            // q + 8 for words and q for bytes lands in the low bits of a float whose unit in the last place is 1. To clamp, the
-            // range -8 .. 7 becomes 0 .. 1, to which the multiplication saturates.
-            constexpr float MAGIC = 12582912.0f + (PACKED && !STAGED ? 8.0f : 0.0f);
-            constexpr unsigned BITS = 0x4b400000u;
-            const float fifteenth = inverse * (1.0f / 15.0f);
-            auto bits_of = [&](float v) {
-                if constexpr (CLAMP) return __float_as_uint(fmaf(saturated(v, fifteenth, 8.0f / 15.0f), 15.0f, MAGIC - 8.0f));
-                return __float_as_uint(fmaf(v, inverse, MAGIC));
-            };
+            const Quantiser<PACKED && !STAGED, CLAMP> quantiser(row_max, back, clip);
+            if (of_group == 0 && piece == 0) scales[c * tokens + token] = quantiser.scale;
             const long long of_row = c * tokens + token;
             unsigned char* const to = STAGED ? staged : q + of_row * (PACKED ? F / 2 : F);
             const int column = piece % CHUNKS * NW + t * RUN;
@@ -335,21 +323,13 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
                         if constexpr (STAGED) {
 #pragma unroll
                             for (int e = 0; e < RUN; ++e)
-                                if (column + e < N) to[row * N + column + e] = bits_of(y[i][e / 2][half * 2 + e % 2]) & 0xffu;
+                                if (column + e < N) to[row * N + column + e] = quantiser.bits(y[i][e / 2][half * 2 + e % 2]) & 0xffu;
                         } else if constexpr (PACKED) {
                             constexpr int EACH = RUN < 8 ? RUN : 8, WORDS = RUN / EACH;
                             unsigned word[WORDS];
 #pragma unroll
-                            for (int v = 0; v < WORDS; ++v) {
-                                word[v] = 0;
-                                unsigned extra = 0;  // of all the floats' own bits
-#pragma unroll
-                                for (int e = EACH - 1; e >= 0; --e) {
-                                    word[v] = word[v] * 16u + bits_of(y[i][v * 4 + e / 2][half * 2 + e % 2]);
-                                    extra = extra * 16u + BITS;
-                                }
-                                word[v] = word[v] - extra ^ (OFFSET ? 0u : 0x88888888u);
-                            }
+                            for (int v = 0; v < WORDS; ++v)
+                                word[v] = quantiser.nibbles<EACH>([&](int e) { return y[i][v * 4 + e / 2][half * 2 + e % 2]; }) ^ (OFFSET ? 0u : 0x88888888u);
                             unsigned char* const at = to + (row * N + column) / 2;
                             if constexpr (RUN == 4) *reinterpret_cast<unsigned short*>(at) = word[0] & 0xffffu;
                             else if constexpr (RUN == 8) *reinterpret_cast<unsigned*>(at) = word[0];
@@ -357,10 +337,8 @@ flatquant_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* _
                         } else {
                             Vector<unsigned, RUN / 4> words;
 #pragma unroll
-                            for (int v = 0; v < RUN / 4; ++v) {
-                                auto low = [&](int e) { return bits_of(y[i][v * 2 + e / 2][half * 2 + e % 2]); };
-                                words.lane[v] = __byte_perm(__byte_perm(low(0), low(1), 0x0040), __byte_perm(low(2), low(3), 0x0040), 0x5410);
-                            }
+                            for (int v = 0; v < RUN / 4; ++v)
+                                words.lane[v] = quantiser.bytes([&](int e) { return y[i][v * 2 + e / 2][half * 2 + e % 2]; });
                             *reinterpret_cast<Vector<unsigned, RUN / 4>*>(to + row * N + column) = words;
                         }
                     }
