@@ -30,6 +30,7 @@ from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import current
 
 FEW = ("stream", "wgmma")  # the second on Hopper
+TRANSFORMS = ("few", "mma", "turned", "wgmma")  # all but mma on Hopper
 CASES: tuple[tuple[Case, str], ...] = (
     *((NormCase(f, 3, hidden, torch.float16), "cuda") for f in FUNCTIONS for hidden in (72, 2561, 8192)),
     *((NormCase(f, 2, 65536, torch.float32), "cuda") for f in ("add_dual_layernorm", "rmsnorm")),
@@ -57,13 +58,10 @@ CASES: tuple[tuple[Case, str], ...] = (
     ),
     *((Q4Case(m, 12288, 1024), "fused") for m in (1, 16, 64)),
     *((Q4Case(3, 136, 512, d, torch.float16), "fused") for d in (torch.bfloat16, torch.float32)),
-    *(
-        (FlatQuantCase(tokens, m, n), "cuda")
-        for tokens in (1, 300)
-        for m, n in ((64, 64), (86, 128), (22, 40), (7, 24))
-    ),
-    *((FlatQuantCase(300, 64, 80, dtype, packed=False), "cuda") for dtype in (torch.bfloat16, torch.float32)),
-    *((FlatQuantCase(3, 256, n, packed=False, clips=2), "cuda") for n in (256, 9)),
+    *((FlatQuantCase(tokens, m, n), v) for tokens in (1, 300) for m, n in ((64, 64), (86, 128)) for v in TRANSFORMS),
+    *((FlatQuantCase(tokens, m, n), "auto") for tokens in (1, 300) for m, n in ((22, 40), (7, 24))),
+    *((FlatQuantCase(300, 64, 80, dtype, packed=False), "auto") for dtype in (torch.bfloat16, torch.float32)),
+    *((FlatQuantCase(3, 256, n, packed=False, clips=2), "auto") for n in (256, 9)),
     *((W4A4Case(m, 72, 272, bias=True), "gemm") for m in (1, 16, 33, 128, 300)),
     *((W4A4Case(m, 12288, 512), "gemm") for m in (1, 64, 1024)),  # several tiles a worker
 )
