@@ -23,11 +23,11 @@ ONE_US, KILOBYTE_US, MANY_US = 1.0, 0.07, 4.0
 besides, which one multiprocessor reads; and with more. Here and below: fitted to 64 x 64 to 128 x 224 on an H200."""
 MMA_RATE = 0.43
 """The part of the tensor cores' fp16 rate that it reaches."""
-WGMMA_US, WGMMA_KILOBYTE_US = 1.6, 0.1
-"""A call of ``wgmma.cu``, and each kilobyte of the transforms besides."""
-WGMMA_RATE, ALONE_RATE, MEMORY_RATE = 0.77, 0.6, 0.9
-"""The part of the fp16 rate that they reach, padding being flops; where a multiprocessor has one token at a time; and
-of the memory's bandwidth."""
+WGMMA_US, TURNED_US, WGMMA_KILOBYTE_US = 1.5, 1.7, 0.065
+"""A call of ``wgmma.cu`` and of ``turned.cu``, and each kilobyte of the transforms besides."""
+WGMMA_RATE, ALONE_RATE, TURNED_RATE, MEMORY_RATE = 0.82, 0.71, 0.74, 0.9
+"""The part of the fp16 rate that they reach, padding being flops; the second where a multiprocessor has one token at a
+time; and of the memory's bandwidth."""
 FEW_US, FEW_KILOBYTE_US, FEW_ROW_US, FEW_MORE_US = 1.15, 0.04, 0.0055, 0.00035
 """A call of ``few.cu``; each kilobyte that a block reads; with 32 columns a block, each row; and each kilobyte of all
 blocks."""
@@ -226,11 +226,10 @@ def _mma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     return Candidate("mma", tuple(config.items()), us, reason)
 
 
-def _pipelined(spec: Spec, hardware: Hardware, memory: float, flops: int, tokens: int) -> float:
-    """us of ``wgmma.cu``, with ``tokens`` at a time on a multiprocessor."""
-    maths = flops / (hardware.half_tflops * (WGMMA_RATE if tokens > 1 else ALONE_RATE) * 1e6)
+def _pipelined(spec: Spec, hardware: Hardware, memory: float, flops: int, rate: float) -> float:
+    """us of ``wgmma.cu`` or ``turned.cu`` beyond those of any call, at this part of the fp16 rate."""
     transforms = WGMMA_KILOBYTE_US * (spec.m**2 + spec.n**2) * spec.dtype.itemsize / 1024
-    return WGMMA_US + transforms + max(memory / MEMORY_RATE, maths)
+    return transforms + max(memory / MEMORY_RATE, flops / (hardware.half_tflops * rate * 1e6))
 
 
 def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
@@ -239,17 +238,20 @@ def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
         return Candidate("wgmma", (), None, config, refused=True)
     tiles = math.ceil(spec.m / 64)
     flops = 2 * spec.tokens * 64 * tiles * spec.n * (_up(spec.m, 16) + spec.n)
-    us = _pipelined(spec, hardware, memory, flops, int(config["GROUPS"]) * int(config["BLOCKS"]))
+    rate = WGMMA_RATE if int(config["GROUPS"]) * int(config["BLOCKS"]) > 1 else ALONE_RATE
+    us = WGMMA_US + _pipelined(spec, hardware, memory, flops, rate)
     reason = f"{tiles} x 64 rows a token, {config['GROUPS']} tokens a block"
     return Candidate("wgmma", tuple(config.items()), us, reason)
 
 
-def _turned(spec: Spec, hardware: Hardware) -> Candidate:
+def _turned(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
     config = turned(spec, hardware)
     if isinstance(config, str):
         return Candidate("turned", (), None, config, refused=True)
-    reason = f"{config['MC']} rows a token, {config['GROUPS']} tokens a block; never measured: by name only"
-    return Candidate("turned", tuple(config.items()), None, reason)
+    flops = 2 * spec.tokens * int(config["MC"]) * spec.n * (_up(spec.m, 16) + spec.n)
+    us = TURNED_US + _pipelined(spec, hardware, memory, flops, TURNED_RATE)
+    reason = f"{config['MC']} rows a token, {config['GROUPS']} tokens a block"
+    return Candidate("turned", tuple(config.items()), us, reason)
 
 
 def _few(spec: Spec, hardware: Hardware) -> Candidate:
@@ -284,7 +286,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
             reference,
         ]
     memory = spec.tokens * features * (size + spec.clips * (0.5 if spec.packed else 1.0)) / (read * 1e6)
-    hopper_only = [_wgmma(spec, hardware, memory), _turned(spec, hardware), _few(spec, hardware)]
+    hopper_only = [_wgmma(spec, hardware, memory), _turned(spec, hardware, memory), _few(spec, hardware)]
     return [_mma(spec, hardware, memory), *hopper_only, reference]
 
 
