@@ -59,9 +59,9 @@ def _one_line_errors(ctx: Any) -> Iterator[None]:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error a user can understand, ``None`` for one that is a bug."""
-    from nybble.runtime.errors import CheckpointError, CompileError, UnsupportedError
+    from nybble.runtime.errors import CheckpointError, CompileError, ElsewhereError, UnsupportedError
 
-    if isinstance(error, (UnsupportedError, CompileError)):
+    if isinstance(error, (UnsupportedError, CompileError, ElsewhereError)):
         return EXIT_FAILED
     if isinstance(error, CheckpointError) or (isinstance(error, (ValueError, TypeError)) and _is_ours(error)):
         return EXIT_BAD_INPUT

@@ -43,3 +43,7 @@ class CompileError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """Nothing here can run the request; the text lists every candidate and why it was refused."""
+
+
+class ElsewhereError(RuntimeError):
+    """Another of the processes that share a model failed; the text says which and how."""
