@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -51,10 +53,17 @@ def _one_line_errors(ctx: Any) -> Iterator[None]:
     except KeyboardInterrupt:
         raise fail("interrupted", code=EXIT_INTERRUPTED) from None
     except Exception as error:
-        code = _exit_code(error)
+        from nybble.runtime.errors import is_told
+
+        code, told = _exit_code(error), is_told(error)
         if code is None or ctx.find_root().params.get("traceback"):
             raise
-        raise fail(_text(error), code=code) from None
+        end = typer.Exit(code) if told else fail(_text(error), code=code)
+        if told is not None:
+            from nybble.models.ranks import leave
+
+            leave()  # together: whoever ends first has the others ended, before they have said why
+        raise end from None
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -86,9 +95,18 @@ def _text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_process = 0
+
+
+def be_quiet(process: int) -> None:
+    """Print errors alone, and say of which process they are."""
+    global _process
+    _process, sys.stdout = process, Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
+
+
 def fail(message: str, where: str = "nybble", code: int = EXIT_BAD_INPUT) -> typer.Exit:
     """Print the one line and give the exception that ends the command with ``code``."""
-    typer.echo(f"{where}: {message}", err=True)
+    typer.echo(f"{where}: {f'process {_process}: ' if _process else ''}{message}", err=True)
     return typer.Exit(code)
 
 
@@ -120,7 +138,9 @@ def stderr() -> Console:
     """The console of progress, summaries and warnings."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_COLUMNS)
+    return Console(
+        stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_COLUMNS, quiet=_process > 0
+    )
 
 
 def print_json(value: dict[str, Any]) -> None:

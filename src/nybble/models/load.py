@@ -349,7 +349,9 @@ def _fill(
         if last == "weight" and owner in plan.shares:
             value = checkpoint.part(found, *share.of_weight(module))
         elif last == "bias" and owner in plan.shares:
-            value = checkpoint.part(found, share.outputs) if share.bias else None
+            value = checkpoint.part(found, share.outputs)
+            if not share.bias:
+                value = torch.zeros_like(value) if isinstance(module, Conv1D) else None
         else:
             value = checkpoint.tensor(found)
         if value is not None:

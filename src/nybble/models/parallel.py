@@ -24,7 +24,7 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.pytorch_utils import Conv1D
 
 from nybble.formats.grouped import sorted_features
-from nybble.formats.parts import Cut, Ranges, shares
+from nybble.formats.parts import Cut, Ranges, length, shares
 from nybble.models.architectures import HEAD
 from nybble.models.decoder import FAMILIES, Family
 from nybble.models.ranks import Gathered, Ranks, RowParallel, Share, Shared, Vocabulary, set_ranks
@@ -139,7 +139,7 @@ def _out(module: nn.Module) -> int:
 
 
 def shrink(model: PreTrainedModel, found: Mapping[str, Share]) -> None:
-    """Let the plain linear layers say the sizes that they will have; on a model whose parameters are still to come."""
+    """Give the plain linear layers the sizes of their parts; on a model whose parameters have no values yet."""
     for name, share in found.items():
         module: Any = model.get_submodule(name)
         sizes = share.sizes(*_features(module))
@@ -147,7 +147,12 @@ def shrink(model: PreTrainedModel, found: Mapping[str, Share]) -> None:
             module.nx, module.nf = sizes
         else:
             module.in_features, module.out_features = sizes
-        if not share.bias:
+        for short, cuts in (("weight", share.of_weight(module)), ("bias", (share.outputs,))):
+            whole = module._parameters[short]
+            if whole is not None:
+                shape = [length(what, size) for what, size in zip(cuts, whole.shape, strict=True)]
+                module._parameters[short] = nn.Parameter(whole.new_empty(shape), requires_grad=False)
+        if not share.bias and not isinstance(module, Conv1D):  # which can't do without: its bias is zero
             module._parameters["bias"] = None
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.pytorch_utils import Conv1D
 
 from nybble.formats.parts import Cut, Ranges, length
-from nybble.runtime.errors import ElsewhereError, UnsupportedError, wrong_value
+from nybble.runtime.errors import ElsewhereError, UnsupportedError, everywhere, wrong_value
 
 T = TypeVar("T")
 
@@ -81,11 +81,11 @@ class Ranks:
         except Exception as error:
             mine = error
         found = self.exchange(None if mine is None else f"{type(mine).__name__}: {mine}")
-        if mine is not None:
-            raise mine
         for rank, text in enumerate(found):
             if text is not None:
-                raise ElsewhereError(f"process {rank} of {self.size} failed: {text}")
+                mine = mine or ElsewhereError(f"process {rank} of {self.size} failed: {text}")
+        if mine is not None:
+            raise everywhere(mine, told=self.rank > 0)
         return made[0]
 
     def __deepcopy__(self, _: Any) -> Ranks:
@@ -95,8 +95,8 @@ class Ranks:
         raise UnsupportedError("pickle: a model that is shared by processes is part of a model, and can't be pickled.")
 
 
-def join(device: torch.device) -> Ranks | None:
-    """The processes that ``torchrun`` started, or ``None`` for one by itself.
+def join(device: torch.device) -> Ranks:
+    """The processes that ``torchrun`` started.
 
     On CUDA every process takes the device of its place on its machine, and products are added up by NCCL; on a CPU by
     gloo.
@@ -105,11 +105,8 @@ def join(device: torch.device) -> Ranks | None:
         device: ``cpu`` or ``cuda``, the same for all.
 
     Raises:
-        ValueError: a CUDA device with a number. ElsewhereError, UnsupportedError: a machine has fewer devices than
-            processes.
+        ValueError: a CUDA device with a number. UnsupportedError: a machine has fewer devices than processes.
     """
-    if not dist.is_torchelastic_launched():
-        return None
     if device.index is not None:
         remedy = "Each process takes the one of its number."
         raise wrong_value("torchrun", "device", "cpu, cuda or auto", device, remedy)
@@ -118,21 +115,21 @@ def join(device: torch.device) -> Ranks | None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     size = dist.get_world_size()
     if cuda:
-        local, found = dist.get_node_local_rank(), torch.cuda.device_count()
+        local, found = dist.get_node_local_rank(fallback_rank=dist.get_rank()), torch.cuda.device_count()
         texts: list[Any] = [None] * size
-        lacking = f"process {local} of this machine has no CUDA device: it has {found}" if local >= found else None
+        lacking = f"a machine has {found} CUDA devices and {local + 1} processes or more" if local >= found else None
         dist.all_gather_object(texts, lacking)
         if any(texts):
-            raise UnsupportedError(f"torchrun: {next(text for text in texts if text)}. Start fewer processes.")
+            error = UnsupportedError(f"torchrun: {next(text for text in texts if text)}. Start fewer processes.")
+            raise everywhere(error, told=dist.get_rank() > 0)
         torch.cuda.set_device(local)
-    if size == 1:
-        return None
     return Ranks(init_device_mesh(device.type, (size,), mesh_dim_names=("tp",)))
 
 
 def leave() -> None:
-    """Take leave of the other processes, where there are any."""
+    """Take leave of the other processes, once all do."""
     if dist.is_initialized():
+        dist.all_gather_object([None] * dist.get_world_size(), None)
         dist.destroy_process_group()
 
 
