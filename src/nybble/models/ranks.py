@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +28,9 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 """Its name before PyTorch 2.13."""
 
 
+_MADE: weakref.WeakSet[Ranks] = weakref.WeakSet()
+
+
 class Ranks:
     """The processes of a one-dimensional mesh. All of them call the same things in the same order.
 
@@ -46,6 +51,7 @@ class Ranks:
             )
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        _MADE.add(self)
 
     def sum(self, x: Tensor) -> Tensor:
         """``x`` of all processes added up, in place; the same bits everywhere."""
@@ -127,9 +133,13 @@ def join(device: torch.device) -> Ranks:
 
 
 def leave() -> None:
-    """Take leave of the other processes, once all do."""
+    """Take leave of the other processes, once all do. A model that they shared can't be called any more."""
     if dist.is_initialized():
         dist.all_gather_object([None] * dist.get_world_size(), None)
+        # A group that is still held when the interpreter ends takes its threads down with a crash.
+        for ranks in _MADE:
+            del ranks.mesh, ranks.group
+        gc.collect()
         dist.destroy_process_group()
 
 
