@@ -5,8 +5,10 @@ Processes are real ones, joined by gloo: one pair of them for all cases, started
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from nybble.formats.gptq import pack_gptq
 from nybble.formats.grouped import QuantizedWeight
 from nybble.formats.parts import cut, divided, indices, length, shares
 from nybble.models import flatquant, parallel
-from nybble.models.ranks import Ranks
+from nybble.models.ranks import Ranks, RowParallel, Vocabulary, ranks_of
 from nybble.runtime.errors import CheckpointError, UnsupportedError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
@@ -255,6 +257,17 @@ def test_parts_of_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     why = re.compile("do not begin and end with words of 8|expected bounds at multiples of 16")
     with pytest.raises(CheckpointError, match=why):
         load_quantized(checkpoint, config, names[0], inputs=(4, 100))
+
+
+def test_a_part_of_a_model_is_copied_and_not_pickled(make_model: MakeModel) -> None:
+    model = wide(make_model)
+    place = Place(0, 2)
+    parallel.connect(model, parallel.divide(model, place), place)
+    head = model.get_submodule("lm_head")
+    assert isinstance(head, Vocabulary) and ranks_of(copy.deepcopy(model)) is ranks_of(model) is place
+    assert isinstance(model.get_submodule("model.layers.0.mlp.down_proj"), RowParallel)
+    with pytest.raises(UnsupportedError, match="can't be pickled"):
+        pickle.dumps(model)
 
 
 def test_cuts() -> None:

@@ -117,7 +117,10 @@ def random_model(
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if bits == 4 and isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            model.set_submodule(name, _random_linear(module, device, dtype, group_size, own))
+            layer = _random_linear(module, device, dtype, group_size, own)
+            if not shares.get(name, WHOLE).bias:
+                layer.bias = None
+            model.set_submodule(name, layer)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nybble.cli.console import be_quiet, fail
+import typer
+
+from nybble.cli.console import EXIT_BAD_INPUT, be_quiet, fail
 from nybble.runtime import settings
 
 if TYPE_CHECKING:
@@ -42,5 +44,5 @@ def alone(command: str) -> None:
     """Refuse to be one of several processes."""
     if settings.PROCESSES > 1:
         if settings.PROCESS:
-            be_quiet(settings.PROCESS)
+            raise typer.Exit(EXIT_BAD_INPUT)
         raise fail(f"{command} runs in one process; torchrun is for generate and bench decode")
