@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from torch import nn
 
 import nybble
+from nybble.cli import app
 from nybble.models import load as loading
-from nybble.models.ranks import join, leave
+from nybble.models.ranks import join
 
 PROMPT = [3, 5, 7, 11, 2]
 
@@ -79,5 +82,12 @@ if __name__ == "__main__":
     ranks = join(torch.device("cpu"))
     found: dict[str, Any] = {name: case(folder, ranks.mesh) for name, folder in job["cases"].items()}
     found["failures"] = failures(job["failures"], ranks, ranks.mesh)
-    torch.save(found, to / f"{ranks.rank}.pt")
-    leave()
+    rank, ranks = ranks.rank, None
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            app(["generate", "--max-tokens", "4000", "--device", "cpu"], prog_name="nybble")
+        except SystemExit as end:  # all have taken leave
+            code = end.code
+    found["refused"] = (code, out.getvalue(), err.getvalue())
+    torch.save(found, to / f"{rank}.pt")
