@@ -597,6 +597,15 @@ def test_commands_of_one_process(process: int, monkeypatch: pytest.MonkeyPatch) 
     assert (result.stdout, result.stderr) == ("", "" if process else said)
 
 
+def test_a_lost_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer\nand where")
+    assert console._exit_code(gone) is None  # of one process a bug
+    monkeypatch.setattr("nybble.runtime.settings.PROCESSES", 2)
+    assert console._exit_code(gone) == console._exit_code(torch.distributed.DistBackendError("NCCL")) == 1
+    assert console._text(gone).startswith("another process has gone, or did not answer in time: [gloo/")
+    assert "and where" not in console._text(gone) and console._exit_code(RuntimeError("a slip")) is None
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from nybble.runtime import settings
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -76,9 +78,16 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_BAD_INPUT
     if isinstance(error, OSError):
         return EXIT_BAD_INPUT if isinstance(error, (FileNotFoundError, NotADirectoryError)) else EXIT_FAILED
-    if isinstance(error, FloatingPointError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, FloatingPointError) or type(error).__name__ == "OutOfMemoryError" or _is_lost(error):
         return EXIT_FAILED
     return None
+
+
+def _is_lost(error: Exception) -> bool:
+    """What a process group raises where another process has gone."""
+    if not isinstance(error, RuntimeError) or settings.PROCESSES == 1:
+        return False
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -92,6 +101,8 @@ def _is_ours(error: BaseException) -> bool:
 def _text(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder"
+    if _is_lost(error):
+        return f"another process has gone, or did not answer in time: {str(error).splitlines()[0]}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

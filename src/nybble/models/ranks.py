@@ -46,9 +46,8 @@ class Ranks:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         if mesh.ndim != 1:
-            raise wrong_value(
-                "load", "mesh", "one dimension", f"{mesh.ndim}", "Take one of its dimensions: mesh['tp']."
-            )
+            remedy = "Take one of its dimensions: mesh['tp']."
+            raise wrong_value("load", "mesh", "one dimension", mesh.ndim, remedy)
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         _MADE.add(self)
@@ -98,7 +97,7 @@ class Ranks:
         return self
 
     def __reduce__(self) -> Any:
-        raise UnsupportedError("pickle: a model that is shared by processes is part of a model, and can't be pickled.")
+        raise UnsupportedError("pickle: what a process has of a shared model can't be pickled.")
 
 
 def join(device: torch.device) -> Ranks:
@@ -138,7 +137,8 @@ def leave() -> None:
         dist.all_gather_object([None] * dist.get_world_size(), None)
         # A group that is still held when the interpreter ends takes its threads down with a crash.
         for ranks in _MADE:
-            del ranks.mesh, ranks.group
+            for name in ("mesh", "group"):
+                ranks.__dict__.pop(name, None)
         gc.collect()
         dist.destroy_process_group()
 
