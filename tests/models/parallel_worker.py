@@ -16,7 +16,7 @@ from torch import nn
 import nybble
 from nybble.cli import app
 from nybble.models import load as loading
-from nybble.models.ranks import join
+from nybble.models.ranks import Ranks, join
 
 PROMPT = [3, 5, 7, 11, 2]
 
@@ -39,8 +39,16 @@ def case(folder: str, mesh: Any) -> dict[str, Any]:
     divided = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
     parameters = [p for module in divided for p in module.parameters(recurse=False)]
     found["bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    found["sums"], total = 0, Ranks.sum
+
+    def counted(self: Ranks, x: torch.Tensor) -> torch.Tensor:
+        found["sums"] += 1
+        return total(self, x)
+
+    Ranks.sum = counted
     with torch.no_grad():
         found["logits"] = model(torch.tensor([PROMPT, PROMPT[::-1]])).logits
+    Ranks.sum = total
     # Each process draws numbers of its own, and ends the text where the first one does.
     for cache in ("dynamic", "static"):
         stream = nybble.generate(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import re
@@ -30,7 +31,7 @@ from nybble.formats.checkpoint import Checkpoint, load_quantized, read_quantizat
 from nybble.formats.gptq import pack_gptq
 from nybble.formats.grouped import QuantizedWeight
 from nybble.formats.parts import cut, divided, indices, length, shares
-from nybble.models import flatquant, parallel
+from nybble.models import flatquant, load, parallel
 from nybble.models.ranks import Ranks, RowParallel, Vocabulary, ranks_of
 from nybble.runtime.errors import CheckpointError, UnsupportedError
 
@@ -150,6 +151,9 @@ def test_two_processes_give_the_tokens_of_one(tmp_path: Path) -> None:
         "ValueError: load: mesh: expected a number of processes that divides the 1 heads of keys and values, got 2"
     )
     assert errors[0]["heads"] == errors[1]["heads"] == expected
+    sums = {name: both[1][name]["sums"] for name in cases}
+    assert sums["llama g32"] == 2 * 2 and sums["llama g32 act-order"] == 2  # layers; attention and MLP, or MLP alone
+    assert sums["gpt_neox g32"] == 3 and sums["llama int4"] == 0  # both at once; neither
     (code, out, said), silent = (found["refused"] for found in both)
     assert (code, out) == (2, "") and silent == (2, "", ""), (said, silent)
     assert len(said.splitlines()) == 1 and "max_new_tokens: expected at most" in said
@@ -264,6 +268,33 @@ def test_a_part_of_a_model_is_copied_and_not_pickled(make_model: MakeModel) -> N
     assert isinstance(model.get_submodule("model.layers.0.mlp.down_proj"), RowParallel)
     with pytest.raises(UnsupportedError, match="can't be pickled"):
         pickle.dumps(model)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_reads_its_part(make_model: MakeModel, tmp_path: Path, rank: int, monkeypatch: Any) -> None:
+    wide(make_model).save_pretrained(tmp_path / "plain")
+    gptq(tmp_path / "gptq", "llama", 32)
+    (tmp_path / "flat").mkdir()
+    folders = [tmp_path / "plain", tmp_path / "gptq", int4(tmp_path / "flat", "llama")]
+    read: dict[str, int] = {}
+
+    def counted(function: Any) -> Any:
+        def call(self: Checkpoint, name: str, *rest: Any) -> torch.Tensor:
+            tensor = function(self, name, *rest)
+            read[name] = read.get(name, 0) + tensor.numel()
+            return tensor
+
+        return call
+
+    for name in ("part", "tensor"):
+        monkeypatch.setattr(Checkpoint, name, counted(getattr(Checkpoint, name)))
+    for folder in folders:
+        read.clear()
+        load._load(folder, "cpu", None, None, Place(rank, 2))
+        sizes = {name: math.prod(Checkpoint(folder).shape_dtype(name)[0]) for name in read}
+        weights = [name for name in read if ".layers." in name and name.endswith(("proj.weight", "qweight", "int4"))]
+        assert len(weights) == 14 and all(2 * read[name] == sizes[name] for name in weights)
+        assert read["lm_head.weight"] * 2 == sizes["lm_head.weight"]
 
 
 def test_cuts() -> None:
