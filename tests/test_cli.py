@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from nybble.cli import app, console
 from nybble.cli import bench as cli_bench
 from nybble.ops import OPERATIONS
+from nybble.runtime import settings
 from nybble.runtime.errors import CheckpointError, CompileError, UnsupportedError
 
 RUNNER = CliRunner()
@@ -585,3 +586,41 @@ def test_mistakes_of_bench():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to explain")
 def test_the_current_gpu_cannot_be_explained_where_there_is_none():
     assert "no CUDA device here" in mistake("bench", "explain", "norm", "--hardware", "current", code=1)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_commands_of_one_process(process: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.runtime.settings.PROCESSES", 2)
+    monkeypatch.setattr("nybble.runtime.settings.PROCESS", process)
+    result = run("ppl", code=2)
+    said = "nybble: ppl runs in one process; torchrun is for generate and bench decode\n"
+    assert (result.stdout, result.stderr) == ("", "" if process else said)
+
+
+def test_a_lost_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer\nand where")
+    assert console._exit_code(gone) is None  # of one process a bug
+    monkeypatch.setattr("nybble.runtime.settings.PROCESSES", 2)
+    assert console._exit_code(gone) == console._exit_code(torch.distributed.DistBackendError("NCCL")) == 1
+    assert console._text(gone).startswith("another process has gone, or did not answer in time: [gloo/")
+    assert "and where" not in console._text(gone) and console._exit_code(RuntimeError("a slip")) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, (1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, (0, 1)),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, (0, 1)),
+    ],
+)
+def test_what_torchrun_says(
+    environment: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert settings._process() == expected

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from nybble.bench import decode
 from nybble.cli import app
 from nybble.models.layers import W4A16Linear
+from nybble.models.ranks import Ranks
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama3-8b": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -58,6 +59,32 @@ def test_the_bytes_of_a_token() -> None:
     ints = sum(p.numel() * p.element_size() for p in tied.parameters() if p.dtype != torch.float32)
     positions = tied.get_submodule("transformer.wpe").weight.numel() * 4  # type: ignore[union-attr, operator]
     assert decode.token_bytes(tied, 1, 0) == with_positions + ints - positions
+
+
+class Place(Ranks):
+    """A place among processes that are not there."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("shape", decode.SHAPES)
+def test_a_part_of_a_model(shape: str) -> None:
+    whole, parts = small(shape), [small(shape, ranks=Place(rank, 2)) for rank in range(2)]
+    layers = [[m for m in model.modules() if isinstance(m, W4A16Linear)] for model in (whole, *parts)]
+    for one, first, second in zip(*layers, strict=True):
+        assert 2 * first.in_features * first.out_features == one.in_features * one.out_features
+        assert (first.in_features, first.out_features) == (second.in_features, second.out_features)
+        assert not torch.equal(first.qweight, second.qweight)
+        if one.bias is not None:  # the first process adds those of products that are added up
+            assert first.bias is not None and (second.bias is not None) is (first.in_features == one.in_features)
+    embeddings = [model.get_input_embeddings().weight for model in (whole, *parts)]  # type: ignore[union-attr]
+    assert all(torch.equal(weight, embeddings[0]) for weight in embeddings)  # type: ignore[arg-type]
+    heads = [model.get_output_embeddings() for model in parts]
+    vocabulary = 100  # which does not divide into multiples of 8
+    assert all(head.weight.shape[0] == vocabulary for head in heads)  # type: ignore[union-attr]
+    bytes_of = [decode.token_bytes(model, 1, 1 << 20) for model in (whole, parts[0])]
+    assert 0.5 <= bytes_of[1] / bytes_of[0] < 0.52
 
 
 def test_the_true_shapes_have_the_true_sizes() -> None:

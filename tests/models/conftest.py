@@ -56,21 +56,21 @@ MakeModel = Callable[..., PreTrainedModel]
 @pytest.fixture
 def make_model() -> MakeModel:
     """``make_model(kind, **changes to the configuration)``: a model in eval mode that wants no gradients."""
+    return made
 
-    def make(kind: str, **changes: Any) -> PreTrainedModel:
-        torch.manual_seed(7)
-        config_name, class_name = CLASSES[kind]
-        positions = {"n_positions": 64} if kind == "gpt2" else {"max_position_embeddings": 64}
-        settings = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **positions}
-        config = getattr(transformers, config_name)(**{**settings, **SIZES[kind], **changes})
-        model = getattr(transformers, class_name)(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.copy_(torch.randn_like(parameter) * spread + (parameter.ndim == 1) * 0.5)
-        return model.eval().requires_grad_(False)
 
-    return make
+def made(kind: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(7)
+    config_name, class_name = CLASSES[kind]
+    positions = {"n_positions": 64} if kind == "gpt2" else {"max_position_embeddings": 64}
+    settings = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **positions}
+    config = getattr(transformers, config_name)(**{**settings, **SIZES[kind], **changes})
+    model = getattr(transformers, class_name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn_like(parameter) * spread + (parameter.ndim == 1) * 0.5)
+    return model.eval().requires_grad_(False)
 
 
 WIDE: dict[str, dict[str, Any]] = {

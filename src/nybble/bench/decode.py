@@ -23,12 +23,15 @@ from transformers.pytorch_utils import Conv1D
 from nybble.bench.latency import percentile
 from nybble.bench.timing import no_collection, one_line
 from nybble.formats.tiles import TILE, PackedWeight, packed_groups, tiles
+from nybble.models.architectures import HEAD
 from nybble.models.cache import RingCache
 from nybble.models.decode import Decoder, Sampling, device_of, now, slots_for, without_attention_plans
 from nybble.models.decoder import FUSIONS
 from nybble.models.layers import W4A16Linear
-from nybble.models.load import recompute_buffers
+from nybble.models.load import recompute_buffers, tie
+from nybble.models.parallel import connect, divide, shrink
 from nybble.models.patch import fuse
+from nybble.models.ranks import WHOLE, Ranks, ranks_of
 from nybble.runtime.errors import wrong_value
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,6 +80,7 @@ def random_model(
     layers: int | None = None,
     group_size: int = 128,
     bits: int = 4,
+    ranks: Ranks | None = None,
     **changes: Any,
 ) -> PreTrainedModel:
     """A model of a known shape with random weights.
@@ -87,6 +91,7 @@ def random_model(
         layers: fewer than the shape has.
         group_size: of the 4-bit layers.
         bits: 4, or 16 for ordinary linear layers.
+        ranks: processes that share the model; this one makes its part.
         changes: to the configuration.
 
     Raises:
@@ -103,20 +108,31 @@ def random_model(
     config = getattr(transformers, f"{family}Config")(**settings, dtype=dtype)
     with torch.device("meta"):
         model: PreTrainedModel = getattr(transformers, CLASSES[family])(config)
+    # What every process has must be the same for all of them; parts need not.
     generator = torch.Generator(device).manual_seed(0)
+    own = torch.Generator(device).manual_seed(1 + (ranks.rank if ranks is not None else 0))
     model.tie_weights()
+    shares = {} if ranks is None else divide(model, ranks)
+    shrink(model, shares)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if bits == 4 and isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            model.set_submodule(name, _random_linear(module, device, dtype, group_size, generator))
+            layer = _random_linear(module, device, dtype, group_size, own)
+            if not shares.get(name, WHOLE).bias:
+                layer.bias = None
+            model.set_submodule(name, layer)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    value = _random(module, name, tuple(parameter.shape), device, dtype, generator)
+                    source = own if isinstance(module, (nn.Linear, Conv1D)) else generator
+                    value = _random(module, name, tuple(parameter.shape), device, dtype, source)
                     made[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 module._parameters[name] = made[id(parameter)]
+    tie(model, shares.get(HEAD, WHOLE).outputs)
+    if ranks is not None:
+        connect(model, shares, ranks)
     recompute_buffers(model, device)
     return model.eval().requires_grad_(False)
 
@@ -159,6 +175,7 @@ class Result(NamedTuple):
         peak_bytes: memory allocated on the device at most, the model included; 0 on a CPU.
         token_bytes: what a step can't but read: weights and the filled part of the cache.
         roof_ms: that at the device's read bandwidth; 0 on a CPU. of_roof: roof over P50.
+        processes: that share the model, each with a device of its own; bytes and roof are those of one.
         wrong: why there is no time, ``""`` when there is.
     """
 
@@ -175,11 +192,15 @@ class Result(NamedTuple):
     token_bytes: int
     roof_ms: float
     of_roof: float
+    processes: int = 1
     wrong: str = ""
 
 
 def token_bytes(model: PreTrainedModel, batch: int, context: int) -> int:
-    """Bytes that a decode step must read: every weight but the embeddings, once, and keys and values of the context."""
+    """Bytes that a decode step must read: every weight but the embeddings, once, and keys and values of the context.
+
+    Of a model that processes share, what one of them reads.
+    """
     heads = model.get_output_embeddings()
     skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     if heads is not None:
@@ -187,6 +208,8 @@ def token_bytes(model: PreTrainedModel, batch: int, context: int) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
     config: Any = model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    ranks = ranks_of(model)
+    kv_heads //= 1 if ranks is None else ranks.size
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * kv_heads * width * model.dtype.itemsize * context * batch
     return weights + cache
@@ -206,7 +229,7 @@ def measure(
     """The four cells for each batch, then with ``ablation`` the graph with each fusion left out, at the first batch.
 
     Args:
-        model: in eval mode; it is fused and undone.
+        model: in eval mode; it is fused and undone. Of one that processes share, all of them call this.
         batches: texts at once. context: tokens before the first timed step. steps: timed ones.
         prompts: lengths whose time to the first token is measured, by the first batch.
         read_tbps: of the device, for the roof; 0 for none.
@@ -265,9 +288,11 @@ def _cell(
     p50, p99 = percentile(samples, 50), percentile(samples, 99)
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     rate = 1e3 * batch / p50
+    ranks = ranks_of(model)
     return Result(
-        cell, fused, without, batch, context, p50, p99, rate, ttft, peak, read, roof, roof / p50 if roof else 0.0, wrong
-    )
+        cell, fused, without, batch, context, p50, p99, rate, ttft, peak, read, roof, roof / p50 if roof else 0.0,
+        1 if ranks is None else ranks.size, wrong,
+    )  # fmt: skip
 
 
 def _timed(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:

@@ -19,10 +19,14 @@ from nybble.cli.console import (
     stderr,
     stdout,
 )
+from nybble.cli.processes import join, leave
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nybble.bench.accuracy import Accuracy
     from nybble.bench.run import Measurement
+    from nybble.models.ranks import Ranks
     from nybble.ops.case import Case
     from nybble.runtime.choice import Choice
     from nybble.runtime.hardware import Hardware
@@ -391,7 +395,7 @@ def decode(
     device: str = DEVICE,
     json: bool = JSON,
 ) -> None:
-    """Time per token of a whole model: eager or from a CUDA graph, unfused or fused.
+    """Time per token of a whole model: eager or from a CUDA graph, unfused or fused; by torchrun on one and on all.
 
     The four cells keep the graph's gain apart from the kernels'. Between the ends of two steps, the host waiting for
     none: P50, P99, and the fraction of the roof, which is reading each weight and the cache once. On a CPU the steps of
@@ -408,52 +412,65 @@ def decode(
         raise fail("decode: --layers and --bits are of a --shape")
     where, kind = device_of(device), dtype_of(dtype)
     batches, lengths = _numbers(batch, "--batch"), _numbers(prompts, "--prompts")
+    ranks = join(where)
     hardware, ceilings = _ceilings(where)
-    with torch.inference_mode(False):
+
+    def made(shared: Ranks | None) -> PreTrainedModel:
         if model is not None:
             from nybble.cli.model import load_model
 
-            loaded = load_model(model, device, dtype, hidden=json)[0]
-        else:
-            kind = kind or (torch.float16 if where.type == "cuda" else torch.float32)
-            loaded = bench.random_model(shape, device=where, dtype=kind, layers=layers, bits=bits)
+            return load_model(model, device, dtype, hidden=json, ranks=shared)[0]
+        chosen = kind or (torch.float16 if where.type == "cuda" else torch.float32)
+        return bench.random_model(shape, device=where, dtype=chosen, layers=layers, bits=bits, ranks=shared)
+
     name = shape if model is None else model.name
     if bits != 4:
         name += f"-{bits}bit"
-    config: Any = loaded.config
-    positions = config.max_position_embeddings
-    longest = max(context + tokens + bench.WARM_UP + 2, *lengths)
-    if longest > positions:
-        raise fail(f"decode: {longest} tokens, but {name} has {positions} positions; try --context or --prompts")
+
+    def measured(shared: Ranks | None) -> tuple[int, torch.dtype, list[bench.Result]]:
+        loaded = made(shared)
+        config: Any = loaded.config
+        longest, positions = max(context + tokens + bench.WARM_UP + 2, *lengths), config.max_position_embeddings
+        if longest > positions:
+            raise fail(f"decode: {longest} tokens, but {name} has {positions} positions; try --context or --prompts")
+        found = bench.measure(
+            loaded,
+            batches=batches,
+            context=context,
+            steps=tokens,
+            prompts=lengths,
+            read_tbps=ceilings.read_tbps if ceilings is not None else 0.0,
+            ablation=ablation,
+        )
+        return config.num_hidden_layers, loaded.dtype, list(found)
+
+    if ranks is None:
+        depth, of, found = measured(None)
+    else:
+        # The first by itself, to compare with, while the others wait; then all.
+        before = ranks.agreed(lambda: [] if ranks.rank else measured(None)[2])
+        depth, of, found = ranks.agreed(lambda: measured(ranks))
+        found = before + found
     at = report.stamp(hardware, commit=commit or None)
     out, err = stdout(), stderr()
-    read = ceilings.read_tbps if ceilings is not None else 0.0
     if not json:
-        out.print(f"{name}, {config.num_hidden_layers} layers, {loaded.dtype} on {at.gpu}, {context} tokens before")
+        out.print(f"{name}, {depth} layers, {of} on {at.gpu}, {context} tokens before")
     rows, wrong = [], []
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     firsts = [f"TTFT {length}" for length in lengths]
-    for column in ("", "batch", "TPOT P50 ms", "P99", "tokens/s", "of roof", *firsts, "peak GB"):
+    for column in ("", "batch", "processes", "TPOT P50 ms", "P99", "tokens/s", "of roof", *firsts, "peak GB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    found = bench.measure(
-        loaded,
-        batches=batches,
-        context=context,
-        steps=tokens,
-        prompts=lengths,
-        read_tbps=read,
-        ablation=ablation,
-    )
     for result in found:
         if result.wrong:
             wrong.append(f"{bench.name_of(result)}, batch {result.batch}: {result.wrong}")
             continue
-        rows.append(bench.row(result, name, config.num_hidden_layers, loaded.dtype, at))
+        rows.append(bench.row(result, name, depth, of, at))
         table.add_row(
             bench.name_of(result),
             str(result.batch),
+            str(result.processes),
             f"{result.tpot_ms_p50:.3f}",
             f"{result.tpot_ms_p99:.3f}",
             f"{result.tokens_per_s:.0f}",
@@ -462,7 +479,9 @@ def decode(
             f"{result.peak_bytes / 1e9:.2f}" if result.peak_bytes else "-",
         )
     path = results / (hardware.slug if hardware is not None else "cpu") / "decode.jsonl"
-    if save and rows:
+    if ranks is not None:
+        leave()
+    if save and rows and (ranks is None or ranks.rank == 0):
         report.append(path, rows)
         if not json:
             err.print(f"saved {path}", markup=False, soft_wrap=True)

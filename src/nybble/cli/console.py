@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
+
+from nybble.runtime import settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,25 +55,39 @@ def _one_line_errors(ctx: Any) -> Iterator[None]:
     except KeyboardInterrupt:
         raise fail("interrupted", code=EXIT_INTERRUPTED) from None
     except Exception as error:
-        code = _exit_code(error)
+        from nybble.runtime.errors import is_told
+
+        code, told = _exit_code(error), is_told(error)
         if code is None or ctx.find_root().params.get("traceback"):
             raise
-        raise fail(_text(error), code=code) from None
+        end = typer.Exit(code) if told else fail(_text(error), code=code)
+        if told is not None:
+            from nybble.models.ranks import leave
+
+            leave()  # together: whoever ends first has the others ended, before they have said why
+        raise end from None
 
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error a user can understand, ``None`` for one that is a bug."""
-    from nybble.runtime.errors import CheckpointError, CompileError, UnsupportedError
+    from nybble.runtime.errors import CheckpointError, CompileError, ElsewhereError, UnsupportedError
 
-    if isinstance(error, (UnsupportedError, CompileError)):
+    if isinstance(error, (UnsupportedError, CompileError, ElsewhereError)):
         return EXIT_FAILED
     if isinstance(error, CheckpointError) or (isinstance(error, (ValueError, TypeError)) and _is_ours(error)):
         return EXIT_BAD_INPUT
     if isinstance(error, OSError):
         return EXIT_BAD_INPUT if isinstance(error, (FileNotFoundError, NotADirectoryError)) else EXIT_FAILED
-    if isinstance(error, FloatingPointError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, FloatingPointError) or type(error).__name__ == "OutOfMemoryError" or _is_lost(error):
         return EXIT_FAILED
     return None
+
+
+def _is_lost(error: Exception) -> bool:
+    """What a process group raises where another process has gone."""
+    if not isinstance(error, RuntimeError) or settings.PROCESSES == 1:
+        return False
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -83,12 +101,23 @@ def _is_ours(error: BaseException) -> bool:
 def _text(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder"
+    if _is_lost(error):
+        return f"another process has gone, or did not answer in time: {str(error).splitlines()[0]}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_process = 0
+
+
+def be_quiet(process: int) -> None:
+    """Print errors alone, and say of which process they are."""
+    global _process
+    _process, sys.stdout = process, Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
 
 
 def fail(message: str, where: str = "nybble", code: int = EXIT_BAD_INPUT) -> typer.Exit:
     """Print the one line and give the exception that ends the command with ``code``."""
-    typer.echo(f"{where}: {message}", err=True)
+    typer.echo(f"{where}: {f'process {_process}: ' if _process else ''}{message}", err=True)
     return typer.Exit(code)
 
 
@@ -120,7 +149,9 @@ def stderr() -> Console:
     """The console of progress, summaries and warnings."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_COLUMNS)
+    return Console(
+        stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_COLUMNS, quiet=_process > 0
+    )
 
 
 def print_json(value: dict[str, Any]) -> None:

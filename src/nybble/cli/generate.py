@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from nybble.cli.console import print_json, stderr
+from nybble.cli.console import device_of, print_json, stderr
 from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, NAMED, assets, described, load_model
+from nybble.cli.processes import join, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,14 +43,15 @@ def generate(
 ) -> None:
     """Continue a prompt. The text goes to stdout, the speed to stderr."""
     folder = model or named or assets()
-    loaded, tokenizer = load_model(folder, device, dtype, hidden=json)
+    ranks = join(device_of(device))
+    loaded, tokenizer = load_model(folder, device, dtype, hidden=json, ranks=ranks)
     from nybble.models.generate import generate as continue_prompt
     from nybble.models.generate import stream_text
 
     report = _fused(loaded) if fuse else None
     ids = tokenizer(prompt)["input_ids"] or [i for i in [tokenizer.bos_token_id] if i is not None]
 
-    def start() -> TokenStream:
+    def begin() -> TokenStream:
         return continue_prompt(
             loaded,
             ids,
@@ -63,6 +65,9 @@ def generate(
             sinks=sinks,
             window=window,
         )
+
+    def start() -> TokenStream:
+        return begin() if ranks is None else ranks.agreed(begin)
 
     before = _warm_up(start, loaded, report)
     tokens = start()
@@ -81,6 +86,7 @@ def generate(
             {
                 "model": str(folder),
                 **described(loaded),
+                "processes": 1 if ranks is None else ranks.size,
                 "fused": fuse,
                 "sample": sample,
                 "seed": seed if sample else None,
@@ -94,9 +100,11 @@ def generate(
                 **_fusion(report, before),
             }
         )
+        leave(loaded)
         return
     _write("\n" if live else f"{prompt}{text}\n")
-    _summary(tokens, _calls(report, before), described(loaded))
+    _summary(tokens, _calls(report, before), described(loaded), 1 if ranks is None else ranks.size)
+    leave(loaded)
 
 
 def _warm_up(start: Callable[[], TokenStream], loaded: Any, report: Report | None) -> dict[str, int]:
@@ -167,7 +175,7 @@ def _fusion(report: Report | None, before: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _summary(tokens: TokenStream, calls: dict[str, int], where: dict[str, str]) -> None:
+def _summary(tokens: TokenStream, calls: dict[str, int], where: dict[str, str], processes: int) -> None:
     from rich.table import Table
 
     timing = tokens.timing
@@ -181,7 +189,8 @@ def _summary(tokens: TokenStream, calls: dict[str, int], where: dict[str, str]) 
     counted = ", ".join(f"{name} {count}" for name, count in sorted(calls.items()))
     table.add_row("fused calls", f"{sum(calls.values())} ({counted})" if calls else "none")
     how = "CUDA graph" if tokens.how == "graph" else f"{tokens.how} cache"
-    table.add_row("on", f"{where['device']}, {where['dtype']}, {how}{f' ({tokens.why})' if tokens.why else ''}")
+    on = [where["device"], where["dtype"], f"{how}{f' ({tokens.why})' if tokens.why else ''}"]
+    table.add_row("on", ", ".join([*on, *([f"{processes} processes"] if processes > 1 else [])]))
     console = stderr()
     console.print()
     console.print(table)

@@ -13,6 +13,8 @@ from nybble.cli.console import device_of, dtype_of, stderr
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nybble.models.ranks import Ranks
+
 MODEL = typer.Argument(None, metavar="[MODEL]", help="Folder or .gguf file; the demo model when left out.")
 NAMED = typer.Option(None, "--model", help="The same as MODEL.")
 DEVICE = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
@@ -28,8 +30,11 @@ def assets() -> Path:
     return Path(nybble.__file__).parent / "assets" / "demo"
 
 
-def load_model(folder: Path, device: str, dtype: str, *, hidden: bool) -> tuple[PreTrainedModel, Any]:
-    """The model and its tokenizer; a progress bar on stderr unless ``hidden``.
+def load_model(
+    folder: Path, device: str, dtype: str, *, hidden: bool, ranks: Ranks | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model, or with ``ranks`` this process's part of it, and its tokenizer; a progress bar on stderr unless
+    ``hidden``.
 
     Raises:
         CheckpointError: the folder or file, or its tokenizer, can't be loaded.
@@ -46,7 +51,11 @@ def load_model(folder: Path, device: str, dtype: str, *, hidden: bool) -> tuple[
         from nybble.models.load import load
 
         model = load(
-            folder, device=where, dtype=kind, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            folder,
+            device=where,
+            dtype=kind,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            mesh=None if ranks is None else ranks.mesh,
         )
         tokenizer = _tokenizer(folder)
     return model, tokenizer

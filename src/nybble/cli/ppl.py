@@ -10,6 +10,7 @@ import typer
 
 from nybble.cli.console import fail, print_json, stderr, stdout
 from nybble.cli.model import DEVICE, DTYPE, JSON, MODEL, NAMED, assets, described, load_model
+from nybble.cli.processes import alone
 
 if TYPE_CHECKING:
     from nybble.models.perplexity import Divergence, Perplexity
@@ -38,6 +39,7 @@ def ppl(
     json: bool = JSON,
 ) -> None:
     """How well a model predicts a text: as 16-bit layers, as transformers runs it, and with the fused operations."""
+    alone("ppl")
     folder, file = model or named or assets(), text or assets() / "heldout.txt"
     words = _read(file)
     loaded, tokenizer = load_model(folder, device, dtype, hidden=json)

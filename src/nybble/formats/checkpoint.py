@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nybble.formats.awq import awq_forms, unpack_awq
-from nybble.formats.gptq import gptq_forms, unpack_gptq
+from nybble.formats.gptq import gptq_forms, unpack_gptq, without_trivial
 from nybble.formats.grouped import QuantizedWeight
+from nybble.formats.parts import Cut, Ranges, cut, divided
 from nybble.formats.quantization import (
     SUPPORTED_BITS,
     Override,
@@ -128,6 +129,37 @@ class Checkpoint:
             return self._open[file].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(file, name, f"not readable: {error}") from error
+
+    def part(self, name: str, *cuts: Cut) -> torch.Tensor:
+        """A cut of the tensor, on the CPU, one for each dimension; of pieces, no more is read than they are.
+
+        CheckpointError when it is missing.
+        """
+        if all(what is None or isinstance(what, torch.Tensor) for what in cuts):
+            tensor = self.tensor(name)
+        else:
+            file = self.file_of(name)
+            every: list[Ranges] = [
+                what if isinstance(what, tuple) else ((0, size),)
+                for what, size in zip(cuts, self.shape_dtype(name)[0], strict=True)
+            ]
+            try:
+                tensor = _read(self._open[file].get_slice(name), every, [])
+            except SafetensorError as error:
+                raise CheckpointError(file, name, f"not readable: {error}") from error
+        for dim, what in enumerate(cuts):
+            if isinstance(what, torch.Tensor):
+                tensor = cut(tensor, dim, what)
+        return tensor
+
+
+def _read(view: Any, every: list[Ranges], chosen: list[slice]) -> torch.Tensor:
+    """The pieces of each dimension, put behind each other."""
+    if len(chosen) == len(every):
+        return view[tuple(chosen)]
+    dim = len(chosen)
+    parts = [_read(view, every, [*chosen, slice(begin, end)]) for begin, end in every[dim]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _find(folder: Path) -> tuple[dict[str, Path], list[Path]]:
@@ -250,18 +282,23 @@ def load_quantized(
     module_name: str,
     *,
     device: torch.device | str = "cpu",
+    inputs: tuple[int, int] | None = None,
+    outputs: Cut = None,
 ) -> QuantizedWeight:
-    """The weight of one quantised module.
+    """The weight of one quantised module, or a part of it. Of a part no more is read than it needs, except that of
+    input features in act-order and of single output features all are.
 
     Args:
         checkpoint: the files.
         config: what they say of their quantisation.
         module_name: such as ``"model.layers.0.mlp.down_proj"``.
         device: where it is unpacked. The words travel as they are: 4 or 8 bits a weight.
+        inputs: (first, behind the last) of the input features, sorted by group where the module is in act-order.
+        outputs: the output features.
 
     Raises:
         CheckpointError: as :func:`preflight`, for this module; or scales that are not finite, or a ``g_idx`` that
-            names groups that aren't there.
+            names groups that aren't there, or ``inputs`` that no supported size of groups divides.
     """
     tensor = f"{module_name}.qweight"
     shape, dtype = checkpoint.shape_dtype(tensor)
@@ -272,26 +309,75 @@ def load_quantized(
     each = NIBBLES if own is None or own.bits not in SUPPORTED_BITS[own.method] else 32 // own.bits  # or refused below
     k, n = (each * shape[0], shape[1]) if config.method == "gptq" else (shape[0], each * shape[1])
     plan = _plan(checkpoint, config, module_name, k, n)
-    config, file = plan.config, str(checkpoint.file_of(tensor))
-    tensors = {short: checkpoint.tensor(name) for short, name in plan.tensors.items() if short in _PACKED}
+    size, g_idx = plan.group_size, act_order(checkpoint, plan)
+    group_size = -1 if size >= k else size
+    rows: Ranges | None = None  # what of the features and groups is read; the rest is done with them in hand
+    groups: Ranges | None = None
+    left = inputs
+    if inputs is not None and g_idx is None:
+        begin, end = inputs
+        if size < k:
+            first, last = begin // size, -(-end // size)
+            groups, left = ((first, last),), (begin - first * size, end - first * size)
+            begin, end = first * size, min(last * size, k)
+        else:
+            left = 0, end - begin
+        rows = divided(((begin, end),), each if config.method == "gptq" else 1)
+        if rows is None:
+            reason = f"the features {begin} to {end} do not begin and end with words of {each}"
+            raise CheckpointError(checkpoint.file_of(tensor), tensor, reason)
+    words: Ranges | None = divided(outputs, each) if isinstance(outputs, tuple) else None
+    columns = None if words is None else outputs
+    cuts: dict[str, tuple[Cut, Cut]] = {
+        "qweight": (rows, columns if config.method == "gptq" else words),
+        "qzeros": (groups, words),
+        "scales": (groups, columns),
+    }
+    tensors = {short: checkpoint.part(plan.tensors[short], *what) for short, what in cuts.items()}
     if not bool(torch.isfinite(tensors["scales"]).all()):
         name = plan.tensors["scales"]
         raise CheckpointError(checkpoint.file_of(name), name, "holds values that are not finite")
+    if g_idx is not None:
+        tensors["g_idx"] = g_idx
     tensors = {short: words.to(device) for short, words in tensors.items()}
-    if config.method == "awq":
-        return unpack_awq(**tensors, group_size=plan.group_size, file=file, name=module_name)
+    config, file = plan.config, str(checkpoint.file_of(tensor))
     try:
-        return unpack_gptq(
-            **tensors,
-            group_size=plan.group_size,
-            bits=config.bits,
-            checkpoint_format=config.checkpoint_format,
-            symmetric=config.sym,
-            file=file,
-            name=module_name,
-        )
+        if config.method == "awq":
+            weight = unpack_awq(**tensors, group_size=group_size, file=file, name=module_name)
+        else:
+            weight = unpack_gptq(
+                **tensors,
+                group_size=group_size,
+                bits=config.bits,
+                checkpoint_format=config.checkpoint_format,
+                symmetric=config.sym,
+                file=file,
+                name=module_name,
+            )
     except CheckpointError as error:  # with the file of the tensor at fault, which may be another shard
         raise CheckpointError(checkpoint.file_of(error.tensor), error.tensor, error.reason) from None
+    if outputs is not None and columns is None:
+        weight = weight.outputs(outputs)
+    if inputs is None:
+        return weight
+    try:
+        return weight.in_order().inputs(*(left or inputs))
+    except ValueError as error:
+        raise CheckpointError(file, module_name, str(error)) from error
+
+
+def act_order(checkpoint: Checkpoint, module: QuantizedModule) -> torch.Tensor | None:
+    """int32 ``[K]``: the group of each input feature; ``None`` where that is ``k // group_size``.
+
+    Raises:
+        CheckpointError: it names groups that aren't there.
+    """
+    name = module.tensors.get("g_idx")
+    if name is None:
+        return None
+    groups = -(-module.in_features // module.group_size)
+    origin = Origin("unpack_gptq", str(checkpoint.file_of(name)), module.name)
+    return without_trivial(checkpoint.tensor(name), module.group_size, groups, origin)
 
 
 def load_bias(checkpoint: Checkpoint, module_name: str, out_features: int, *, wanted: bool) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nybble.formats.channels import ChannelWeight
 from nybble.formats.checkpoint import Checkpoint
+from nybble.formats.parts import Cut
 from nybble.runtime.errors import CheckpointError
 
 METHOD, VERSION = "flatquant", 1
@@ -127,19 +128,21 @@ def _checked(checkpoint: Checkpoint, name: str, transform: str, clip: float) -> 
     return FlatModule(name, transform, clip, in_features, out_features, bias)
 
 
-def load_weight(checkpoint: Checkpoint, module: FlatModule, device: torch.device | str = "cpu") -> ChannelWeight:
-    """The weight of a module, packed for the kernels.
+def load_weight(
+    checkpoint: Checkpoint, module: FlatModule, device: torch.device | str = "cpu", outputs: Cut = None
+) -> ChannelWeight:
+    """The weight of a module, or of some of its output features, packed for the kernels.
 
     Raises:
         CheckpointError: a scale is not finite.
     """
     from nybble.ops.flatquant.reference import unpack
 
-    scale = checkpoint.tensor(f"{module.name}.{SCALE}")
+    scale = checkpoint.part(f"{module.name}.{SCALE}", outputs)
     if not bool(scale.isfinite().all()):
         name = f"{module.name}.{SCALE}"
         raise CheckpointError(checkpoint.file_of(name), name, "holds values that are not finite")
-    q = unpack(checkpoint.tensor(f"{module.name}.{WEIGHT}").to(device))
+    q = unpack(checkpoint.part(f"{module.name}.{WEIGHT}", outputs, None).to(device))
     return ChannelWeight.from_values(q.t().contiguous(), scale.to(device))
 
 

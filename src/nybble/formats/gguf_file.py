@@ -32,6 +32,9 @@ def is_gguf(path: str | Path) -> bool:
         return False
 
 
+EVERY = slice(None)
+
+
 class GGUFFile:
     """The tensors and fields of a file.
 
@@ -97,9 +100,9 @@ class GGUFFile:
             raise CheckpointError(self.file, name, f"is of type {kind}; supported are {known}")
         return kind
 
-    def bytes(self, name: str) -> Tensor:
-        """The rows of a quantised tensor as they lie in the file: uint8 ``[rows, bytes]``, a copy."""
-        return torch.from_numpy(np.array(self._tensors[name].data, dtype=np.uint8, copy=True))
+    def bytes(self, name: str, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
+        """Rows of a quantised tensor as they lie in the file: uint8 ``[rows, bytes]``, a copy. Others are not read."""
+        return torch.from_numpy(np.array(self._tensors[name].data[rows, columns], dtype=np.uint8, copy=True))
 
     def tensor(self, name: str) -> Tensor:
         """The values: float16 where the file has it, else float32."""

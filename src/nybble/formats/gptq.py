@@ -108,7 +108,7 @@ def unpack_gptq(
     check_tensor("scales", scales, forms["scales"], origin)
     if g_idx is not None:
         check_tensor("g_idx", g_idx, forms["g_idx"], origin)
-        g_idx = _without_trivial(g_idx, group_size, scales.shape[0], origin)
+        g_idx = without_trivial(g_idx, group_size, scales.shape[0], origin)
     zeros = unpack_columns(_true_zero_words(qzeros, bits, checkpoint_format, symmetric, origin), bits=bits)
     return QuantizedWeight(unpack_rows(qweight, bits), zeros, scales, group_size, g_idx, bits)
 
@@ -166,7 +166,7 @@ def _true_zero_words(
     return _add_to_words(qzeros, _ONE_EACH[bits]) if checkpoint_format == "gptq" else qzeros
 
 
-def _without_trivial(g_idx: torch.Tensor, group_size: int, groups: int, origin: Origin) -> torch.Tensor | None:
+def without_trivial(g_idx: torch.Tensor, group_size: int, groups: int, origin: Origin) -> torch.Tensor | None:
     """``g_idx``, or ``None`` where it is ``k // group_size``: the tensor decides on act-order, not a flag."""
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:

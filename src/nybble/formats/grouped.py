@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from nybble.formats.parts import Cut, cut
 from nybble.runtime.errors import wrong_type, wrong_value
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -13,6 +15,27 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 
 BITS = (4, 8)
 """Bits of a value that are supported."""
+
+
+def sorted_features(g_idx: torch.Tensor, group_size: int) -> torch.Tensor:
+    """int64 ``[K]``: the input features in the order of their groups.
+
+    Raises:
+        ValueError: a group has not ``group_size`` features, the last perhaps fewer.
+    """
+    k = g_idx.shape[0]
+    counts = torch.bincount(g_idx.long(), minlength=-(-k // group_size)).tolist()
+    for group, count in enumerate(counts):
+        expected = min(group_size, k - group * group_size)
+        if count != expected:
+            raise wrong_value(
+                "PackedWeight",
+                "g_idx",
+                f"{expected} features in group {group} (group_size {group_size})",
+                count,
+                "Quantise again with whole groups, or without act-order.",
+            )
+    return torch.argsort(g_idx, stable=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +128,48 @@ class QuantizedWeight:
         if self.g_idx is not None:
             return self.g_idx.long()
         return torch.arange(self.in_features, device=self.q.device) // self.group_size
+
+    def outputs(self, what: Cut) -> QuantizedWeight:
+        """Some of the output features."""
+        if what is None:
+            return self
+        q, zeros, scales = (cut(tensor, 1, what) for tensor in (self.q, self.zeros, self.scales))
+        return QuantizedWeight(q, zeros, scales, self.group_size, self.g_idx, self.bits)
+
+    def in_order(self) -> QuantizedWeight:
+        """The input features sorted by group, those of a group as they are, so that there is no act-order any more.
+
+        Raises:
+            ValueError: a group has not ``group_size`` features.
+        """
+        if self.g_idx is None:
+            return self
+        order = sorted_features(self.g_idx, self.group_size)
+        return QuantizedWeight(self.q[order], self.zeros, self.scales, self.group_size, None, self.bits)
+
+    def inputs(self, begin: int, end: int) -> QuantizedWeight:
+        """The input features from ``begin`` to before ``end`` of a weight without act-order.
+
+        Where they begin or end inside of a group, all groups are cut into smaller ones of the same scale and zero
+        point, which says the same.
+
+        Raises:
+            ValueError: no supported size of groups divides them so.
+        """
+        assert self.g_idx is None, "features in order"
+        k, size = self.in_features, self.group_size
+        if (begin, end) == (0, k):
+            return self
+        left = end - begin
+        # a short last group ends with the features
+        size = left if size >= k else math.gcd(size, begin, 0 if end == k else end)
+        if size < left and size not in GROUP_SIZES:
+            expected = f"bounds at multiples of {min(GROUP_SIZES)} within groups of {self.group_size}"
+            raise wrong_value("QuantizedWeight", "inputs", expected, (begin, end))
+        of = torch.arange(begin, end, min(size, left), device=self.q.device) // self.group_size
+        return QuantizedWeight(
+            self.q[begin:end].contiguous(), self.zeros[of], self.scales[of], min(size, left), None, self.bits
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as ``[K, N]``. In float32 it is exact: an fp16 or bf16 scale times an integer of 5 or 9 bits."""

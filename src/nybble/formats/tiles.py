@@ -40,7 +40,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nybble.formats.grouped import BITS, QuantizedWeight
+from nybble.formats.grouped import BITS, QuantizedWeight, sorted_features
 from nybble.runtime.errors import wrong_type, wrong_value
 
 TILE = 64
@@ -209,20 +209,8 @@ class PackedWeight:
 def _sort_groups(weight: QuantizedWeight) -> Tensor | None:
     """int32 ``[K]``: the features in order of their group; ``None`` when they already are."""
     assert weight.g_idx is not None
-    k, size = weight.in_features, weight.group_size
-    counts = torch.bincount(weight.g_idx.long(), minlength=weight.groups).tolist()
-    for group, count in enumerate(counts):
-        expected = min(size, k - group * size)
-        if count != expected:
-            raise wrong_value(
-                "PackedWeight",
-                "g_idx",
-                f"{expected} features in group {group} (group_size {size})",
-                count,
-                "Quantise again with whole groups, or without act-order.",
-            )
-    perm = torch.argsort(weight.g_idx, stable=True).to(torch.int32)
-    ordered = torch.equal(perm, torch.arange(k, dtype=torch.int32, device=perm.device))
+    perm = sorted_features(weight.g_idx, weight.group_size).to(torch.int32)
+    ordered = torch.equal(perm, torch.arange(weight.in_features, dtype=torch.int32, device=perm.device))
     return None if ordered else perm
 
 

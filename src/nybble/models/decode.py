@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from nybble.models.cache import RingCache
 from nybble.models.decoder import PLAN
+from nybble.models.ranks import ranks_of
 from nybble.runtime.errors import wrong_value
 
 SLOTS = 128
@@ -86,6 +87,7 @@ class Decoder:
         logits: ``[batch, vocabulary]`` of the last pass.
         graph: the captured step, ``None`` where steps are called.
         key: what :func:`keep` keeps it under.
+        ranks: the processes that share the model, if any do.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Decoder:
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.key: tuple[Any, ...] = ()
+        self.ranks = ranks_of(model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -211,6 +214,8 @@ class Decoder:
         else:
             self.logits.copy_(logits)
         token, best = self.sampling.pick(logits, self.draws[self.index][0])
+        if self.ranks is not None:  # drawn from numbers of its own, a process may end where another goes on
+            token = self.ranks.follow(token)
         self.token.copy_(token[:, None])
         self.tokens.index_copy_(0, self.index, token[None])
         self.best.index_copy_(0, self.index, best[None])

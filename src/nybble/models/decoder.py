@@ -38,6 +38,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from nybble.models.layers import W4A16Linear
 from nybble.models.projection import KINDS, Projection, join_refusal
+from nybble.models.ranks import bare
 from nybble.ops.norm.op import add_dual_layernorm, add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from nybble.ops.w4a16.op import Norm
 
@@ -317,7 +318,7 @@ def _plan_layer(layer: Any, config: Any, plan: Plan) -> tuple[Layer, Entries]:
 
     heads = [attn.get_submodule(name) for name in family.split]
     out = attn.get_submodule(family.output)
-    plain = all(type(m) in KINDS for m in (*heads, out)) and (family.gated or isinstance(heads[0], W4A16Linear))
+    plain = all(type(bare(m)) in KINDS for m in (*heads, out)) and (family.gated or isinstance(heads[0], W4A16Linear))
     if family.module is qwen3:
         plain = plain and type(attn.q_norm) is family.norm and type(attn.k_norm) is family.norm
     if plain:
@@ -339,7 +340,7 @@ def _plan_layer(layer: Any, config: Any, plan: Plan) -> tuple[Layer, Entries]:
     activation = ACTIVATIONS.get(name, "")
     if (activation == "silu_mul") is not family.gated:
         activation = ""
-    if all(type(m) in KINDS for m in (*ups, low)) and (family.gated or isinstance(ups[0], W4A16Linear)):
+    if all(type(bare(m)) in KINDS for m in (*ups, low)) and (family.gated or isinstance(ups[0], W4A16Linear)):
         join = family.gated and "gate_up" not in plan.without
         reason = join_refusal(tuple(ups)) if join else None
         if reason is not None:
@@ -536,8 +537,9 @@ def _parallel(self: Any, plan: Plan, hidden: Tensor, given: Pass) -> Tensor:
             activated = _activate(layer, layer.up(hidden, calls, norm=_as_norm(layer.norm2)))
             attended = _attend(plan, layer.attn, projected, mask, given, calls)
             if layer.output.packed and layer.down.packed and "epilogue" not in plan.without:
-                hidden = layer.output(attended, calls, residual=hidden)
-                hidden = layer.down(activated, calls, residual=hidden)
+                # Of several processes both are added up at once.
+                part = layer.output.part(attended, calls, residual=hidden if layer.output.leads else None)
+                hidden = layer.down.whole(layer.down.part(activated, calls, residual=part))
             else:
                 attn, mlp = layer.output(attended, calls), layer.down(activated, calls)
             continue

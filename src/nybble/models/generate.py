@@ -26,6 +26,7 @@ from nybble.models.decode import (
     why_not_static,
     without_attention_plans,
 )
+from nybble.models.ranks import ranks_of
 from nybble.models.streaming import StreamingCache
 from nybble.runtime.errors import UnsupportedError, wrong_type, wrong_value
 
@@ -125,7 +126,7 @@ class _Dynamic:
     how, why = "dynamic", ""
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor, sampling: Sampling, draws: Tensor) -> None:
-        self._model, self._sampling, self._draws = model, sampling, draws
+        self._model, self._sampling, self._draws, self._ranks = model, sampling, draws, ranks_of(model)
         self._cache = DynamicCache(config=model.config)
         self._next_input, self._index = prompt, 0
 
@@ -135,6 +136,8 @@ class _Dynamic:
                 input_ids=self._next_input, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]
             token, best = self._sampling.pick(logits, self._draws[self._index])
+            if self._ranks is not None:
+                token = self._ranks.follow(token)
             self._index, self._next_input = self._index + 1, token[:, None]
             return int(token), float(best)  # waits for the device
 
@@ -204,6 +207,8 @@ def generate(
 
     On CUDA the steps after the prompt are replays of one CUDA graph over a key-value cache of static shapes, and tokens
     are picked on the device; the graph is kept with the model for the next request of the same length and sampling.
+    Of a model that processes share, all of them call this with the same arguments and take as many tokens, which are
+    those of the first.
 
     Args:
         model: a causal language model, in eval mode.

@@ -7,6 +7,7 @@ All other tensors become floats. As with folders, nothing is read or moved befor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,15 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from nybble.formats.gguf_file import GGUFFile
-from nybble.formats.gguf_q4_0 import unpack_q4_0
+from nybble.formats.gguf_file import EVERY, GGUFFile
+from nybble.formats.gguf_q4_0 import BLOCK, Q4_0_BYTES, unpack_q4_0
+from nybble.formats.grouped import QuantizedWeight
+from nybble.formats.parts import cut, length
 from nybble.formats.tiles import PackedWeight
 from nybble.models.architectures import HEAD, Architecture, architecture_of
 from nybble.models.layers import W4A16Linear
-from nybble.models.load import Progress, recompute_buffers, refuse_to_save
+from nybble.models.load import Progress, recompute_buffers, refuse_to_save, tie
+from nybble.models.ranks import WHOLE, Ranks, Share
 from nybble.runtime.errors import CheckpointError
 
 FAMILIES = ("llama", "qwen2")
@@ -38,9 +42,13 @@ class _Source(NamedTuple):
 
 
 def load_gguf(
-    path: str | Path, device: torch.device, dtype: torch.dtype | None, progress: Progress | None
+    path: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+    ranks: Ranks | None = None,
 ) -> PreTrainedModel:
-    """What :func:`nybble.load` does with a GGUF file; arguments as there, the device and the dtype checked."""
+    """What :func:`nybble.load` does with a GGUF file; arguments as there, checked."""
     file = GGUFFile(path)
     family = file.field("general.architecture")
     if family not in FAMILIES:
@@ -53,7 +61,18 @@ def load_gguf(
         dtype = torch.float32 if device.type == "cpu" else torch.float16
     model = _empty_model(raw, architecture, file, dtype)
     sources = _plan(model, file, family)
-    _fill(model, sources, file, device, dtype, progress)
+    found: dict[str, Share] = {}
+    if ranks is not None:
+        from nybble.models.parallel import divide, shrink
+
+        found = divide(model, ranks)
+        shrink(model, found)
+    _fill(model, sources, file, device, dtype, progress, found)
+    if ranks is not None:
+        from nybble.models.parallel import connect
+
+        connect(model, found, ranks)
+        model.__dict__["save_pretrained"] = refuse_to_save
     return model.eval().requires_grad_(False)
 
 
@@ -146,6 +165,7 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None,
+    found: Mapping[str, Share],
 ) -> None:
     packed = False
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -161,24 +181,31 @@ def _fill(
     for name, source in sources.items():
         owner, _, last = name.rpartition(".")
         # The kernels move eight output features at a time; a layer with others becomes floats.
-        whole = file.shape(source.name)[0] % 8 == 0
+        share = found.get(owner, WHOLE)
+        whole = length(share.outputs, file.shape(source.name)[0]) % 8 == 0
         if last == "weight" and owner in linears and file.type(source.name) == "Q4_0" and whole:
             layers.append((owner, source))
             continue
-        value = _convert(_straight(file.tensor(source.name), source.heads), dtype, file, source.name)
-        setattr(model.get_submodule(owner), last, nn.Parameter(value.to(device), requires_grad=False))
+        if last == "bias" and not share.bias:
+            step()
+            continue
+        # Heads lie behind each other, so some of them are cut out before each is straightened.
+        module, rows = model.get_submodule(owner), file.tensor(source.name)
+        for dim, what in enumerate(share.of_weight(module) if last == "weight" else (share.outputs,)):
+            rows = cut(rows, dim, what)
+        rows = _straight(rows, _left(source.heads, share, file.shape(source.name)[0]))
+        value = _convert(rows, dtype, file, source.name)
+        setattr(module, last, nn.Parameter(value.to(device), requires_grad=False))
         step()
     for owner, source in layers:
-        rows = _straight(file.bytes(source.name), source.heads).to(device)
-        weight = PackedWeight.from_quantized(unpack_q4_0(rows, file=str(file.file), name=source.name))
+        weight = PackedWeight.from_quantized(_part(file, source, found.get(owner, WHOLE), device))
         bias: Any = model.get_submodule(owner).bias
         model.set_submodule(owner, W4A16Linear(weight, bias))
         packed = True
         step()
     if packed:
         model.__dict__["save_pretrained"] = refuse_to_save
-    if model.config.tie_word_embeddings:
-        model.get_submodule(HEAD).weight = model.get_input_embeddings().weight
+    tie(model, found.get(HEAD, WHOLE).outputs)
     recompute_buffers(model, device)
     if ROPE_FACTORS in file:
         rotary: Any = model.base_model.rotary_emb  # type: ignore[union-attr]
@@ -186,6 +213,26 @@ def _fill(
         for key in ("inv_freq", "original_inv_freq"):
             if key in rotary._buffers:
                 rotary._buffers[key] = rotary._buffers[key] / factors
+
+
+def _left(heads: int, share: Share, whole: int) -> int:
+    """The heads in a share of the rows of all."""
+    return heads * length(share.outputs, whole) // whole
+
+
+def _part(file: GGUFFile, source: _Source, share: Share, device: torch.device) -> QuantizedWeight:
+    """A share of a layer in Q4_0; its bytes alone are read."""
+    whole, rows, columns = file.shape(source.name), EVERY, EVERY
+    if isinstance(share.outputs, tuple):
+        ((first, last),) = share.outputs
+        rows = slice(first, last)
+    begin, end = share.inputs or (0, whole[1])
+    blocks = begin // BLOCK, -(-end // BLOCK)
+    if share.inputs is not None:
+        columns = slice(blocks[0] * Q4_0_BYTES, blocks[1] * Q4_0_BYTES)
+    found = _straight(file.bytes(source.name, rows, columns), _left(source.heads, share, whole[0])).to(device)
+    weight = unpack_q4_0(found, file=str(file.file), name=source.name)
+    return weight.inputs(begin - BLOCK * blocks[0], end - BLOCK * blocks[0])
 
 
 def _convert(tensor: Tensor, dtype: torch.dtype, file: GGUFFile, name: str) -> Tensor:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +24,7 @@ from nybble.formats.checkpoint import (
     Checkpoint,
     QuantizationConfig,
     QuantizedModule,
+    act_order,
     load_bias,
     load_quantized,
     preflight,
@@ -31,10 +33,12 @@ from nybble.formats.checkpoint import (
 from nybble.formats.flatquant import LEFT, RIGHT, FlatModule, is_flatquant, load_weight, read_flatquant
 from nybble.formats.gguf_file import is_gguf
 from nybble.formats.grouped import QuantizedWeight
+from nybble.formats.parts import Cut, cut
 from nybble.formats.tiles import PackedWeight
 from nybble.models.architectures import HEAD, Architecture, architecture_of
 from nybble.models.flatquant import FlatQuantLinear, FlatQuantTransform
 from nybble.models.layers import W4A16Linear
+from nybble.models.ranks import WHOLE, Ranks, Share
 from nybble.runtime.errors import CheckpointError, UnsupportedError, wrong_type, wrong_value
 
 Progress = Callable[[int, int], None]
@@ -50,6 +54,7 @@ def load(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model: a folder (GPT-NeoX, Llama, Qwen2, Qwen3, GPT-2) or a GGUF file (Llama, Qwen2).
 
@@ -66,6 +71,9 @@ def load(
             bfloat16 for a checkpoint stored so and float16 for others; on the CPU float32. The scales of quantised
             layers keep the dtype of the file: the kernels take any.
         progress: called with (tensors done, tensors in all) while they load.
+        mesh: processes that share the model, each of which calls this: a mesh of one dimension, as
+            ``torch.distributed.device_mesh.init_device_mesh`` makes it. Each reads and holds its part of the linear
+            layers, and the results of all are put together inside of the model, which behaves as a whole one.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient.
@@ -73,8 +81,22 @@ def load(
     Raises:
         CheckpointError: the folder, a file or a tensor is missing, damaged, misshapen, unexpected or of a kind that
             is not supported. Whatever headers can show is found before anything is moved to the device.
-        TypeError, ValueError: an argument.
+        TypeError, ValueError: an argument; or a mesh of more processes than heads and widths can be divided among.
+        ElsewhereError: another process of the mesh failed.
     """
+    if mesh is None:
+        return _load(path, device, dtype, progress, None)
+    ranks = Ranks(mesh)
+    return ranks.agreed(lambda: _load(path, device, dtype, progress, ranks))
+
+
+def _load(
+    path: str | Path,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+    ranks: Ranks | None,
+) -> PreTrainedModel:
     whole = isinstance(path, (str, Path)) and is_gguf(path)
     folder = Path(path) if whole else _folder(path)
     device = _device(device)
@@ -83,7 +105,7 @@ def load(
     if whole:
         from nybble.models.gguf_load import load_gguf
 
-        return load_gguf(path, device, dtype, progress)
+        return load_gguf(path, device, dtype, progress, ranks)
     raw = _read_config(folder / "config.json")
     architecture = architecture_of(raw, folder / "config.json")
     flat = is_flatquant(raw)
@@ -93,7 +115,9 @@ def load(
     dtype = dtype or _default_dtype(checkpoint, architecture, device)
     model = _empty_model(raw, architecture, checkpoint, dtype)
     plan = _plan(model, architecture, checkpoint, quantization, modules)
-    _fill(model, plan, checkpoint, device, dtype, progress)
+    if ranks is not None:
+        plan = _divided(model, plan, checkpoint, ranks)
+    _fill(model, plan, checkpoint, device, dtype, progress, ranks)
     return model.eval().requires_grad_(False)
 
 
@@ -189,12 +213,28 @@ class _Plan:
         quantized: module of the model -> its plan.
         parameters: parameter of the model -> name in the file.
         flat: module of the model -> what becomes a FlatQuantLinear.
+        shares: module of the model -> this process's part of it; others it has whole.
     """
 
     quantization: QuantizationConfig | None
     quantized: dict[str, QuantizedModule]
     parameters: dict[str, str]
     flat: dict[str, FlatModule]
+    shares: Mapping[str, Share] = field(default_factory=dict)
+
+
+def _divided(model: PreTrainedModel, plan: _Plan, checkpoint: Checkpoint, ranks: Ranks) -> _Plan:
+    """The plan of one of several processes."""
+    from nybble.models.parallel import divide, shrink
+
+    def order_of(name: str) -> tuple[Tensor, int] | None:
+        module = plan.quantized.get(name)
+        found = None if module is None else act_order(checkpoint, module)
+        return None if module is None or found is None else (found, module.group_size)
+
+    shares = divide(model, ranks, order_of, plan.flat)
+    shrink(model, shares)
+    return replace(plan, shares=shares)
 
 
 def _plan(
@@ -299,23 +339,38 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None,
+    ranks: Ranks | None,
 ) -> None:
     total = len(plan.quantized) + len(plan.parameters) + len(plan.flat)
     done = 0
     for name, found in plan.parameters.items():
         owner, _, last = name.rpartition(".")
-        value = _convert(checkpoint.tensor(found), dtype, checkpoint, found)
-        setattr(model.get_submodule(owner), last, nn.Parameter(value.to(device), requires_grad=False))
+        module, share = model.get_submodule(owner), plan.shares.get(owner, WHOLE)
+        if last == "weight" and owner in plan.shares:
+            value = checkpoint.part(found, *share.of_weight(module))
+        elif last == "bias" and owner in plan.shares:
+            value = checkpoint.part(found, share.outputs)
+            if not share.bias:
+                value = torch.zeros_like(value) if isinstance(module, Conv1D) else None
+        else:
+            value = checkpoint.tensor(found)
+        if value is not None:
+            value = _convert(value, dtype, checkpoint, found)
+            setattr(module, last, nn.Parameter(value.to(device), requires_grad=False))
         done += 1
         if progress:
             progress(done, total)
     for name, module_plan in plan.quantized.items():
         assert plan.quantization is not None
-        has_bias = model.get_submodule(name).bias is not None
-        weight = load_quantized(checkpoint, plan.quantization, module_plan.name, device=device)
-        bias = load_bias(checkpoint, module_plan.name, module_plan.out_features, wanted=has_bias)
+        share, has_bias = plan.shares.get(name, WHOLE), model.get_submodule(name).bias is not None
+        weight = load_quantized(
+            checkpoint, plan.quantization, module_plan.name, device=device, inputs=share.inputs, outputs=share.outputs
+        )
+        bias = None
+        if share.bias:
+            bias = load_bias(checkpoint, module_plan.name, module_plan.out_features, wanted=has_bias)
         if bias is not None:
-            bias = _convert(bias, dtype, checkpoint, f"{module_plan.name}.bias").to(device)
+            bias = _convert(cut(bias, 0, share.outputs), dtype, checkpoint, f"{module_plan.name}.bias").to(device)
         model.set_submodule(name, W4A16Linear(_pack(weight, checkpoint, module_plan), bias))
         done += 1
         if progress:
@@ -326,28 +381,42 @@ def _fill(
             pair = [f"{module.transform}.{short}" for short in (LEFT, RIGHT)]
             matrices = [_convert(checkpoint.tensor(t), dtype, checkpoint, t).to(device) for t in pair]
             transforms[module.transform] = FlatQuantTransform(*matrices)
-        bias = None
+        bias, outputs = None, plan.shares.get(name, WHOLE).outputs
         if module.bias:
-            bias = _convert(checkpoint.tensor(f"{name}.bias"), dtype, checkpoint, f"{name}.bias").to(device)
-        weight = load_weight(checkpoint, module, device)
+            bias = _convert(checkpoint.part(f"{name}.bias", outputs), dtype, checkpoint, f"{name}.bias").to(device)
+        weight = load_weight(checkpoint, module, device, outputs)
         layer = FlatQuantLinear(weight, transforms[module.transform], module.clip_ratio, bias)
         model.set_submodule(name, layer)
         done += 1
         if progress:
             progress(done, total)
-    if plan.quantized or plan.flat:
+    if plan.quantized or plan.flat or ranks is not None:
         # No loader knows the tiles; transformers would read such a folder, warn, and leave the weights random.
         model.__dict__["save_pretrained"] = refuse_to_save
-    if model.config.tie_word_embeddings:
-        model.get_submodule(HEAD).weight = model.get_input_embeddings().weight
+    tie(model, plan.shares.get(HEAD, WHOLE).outputs)
+    if ranks is not None:
+        from nybble.models.parallel import connect
+
+        connect(model, plan.shares, ranks)
     recompute_buffers(model, device)
+
+
+def tie(model: PreTrainedModel, tokens: Cut) -> None:
+    """Let a head that is tied be the embedding, or some tokens of it."""
+    if not model.config.tie_word_embeddings:
+        return
+    weight: Any = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    if isinstance(tokens, tuple):
+        ((begin, end),) = tokens
+        weight = nn.Parameter(weight.data[begin:end], requires_grad=False)
+    model.get_submodule(HEAD).weight = weight
 
 
 def refuse_to_save(*_: object, **__: object) -> None:
     """``save_pretrained`` of a model with packed layers."""
     raise UnsupportedError(
-        "save_pretrained: the packed layers of a model from nybble.load have no format on disk that other "
-        "programs read. Keep the folder that it was loaded from."
+        "save_pretrained: the packed layers of a model from nybble.load, and parts that processes share, have no "
+        "format on disk that other programs read. Keep the folder that it was loaded from."
     )
 
 

@@ -15,6 +15,7 @@ from nybble.formats.channels import ChannelWeight
 from nybble.formats.tiles import TILE, PackedWeight
 from nybble.models.flatquant import FlatQuantLinear
 from nybble.models.layers import W4A16Linear
+from nybble.models.ranks import Ranks, RowParallel
 from nybble.ops.w4a4.op import w4a4_linear
 from nybble.ops.w4a16.op import WORDS, Norm, run
 
@@ -176,9 +177,13 @@ class Projection:
         packed: whether a norm before it and an epilogue after it can be part of its launch.
         activation: what follows it, as ``w4a16_linear`` names it; ``""`` for nothing. Only where ``packed``.
         planes: whether the parts of the result, one a layer, should be contiguous tensors.
+        ranks: where the result is that of several processes, those: it is added up.
     """
 
     def __init__(self, *modules: Any, join: bool = False, activation: str = "", planes: tuple[int, ...] = ()) -> None:
+        self.ranks: Ranks | None = None
+        if isinstance(modules[0], RowParallel) and isinstance(modules[0].linear, W4A16Linear):
+            self.ranks, modules = modules[0].ranks, (modules[0].linear,)
         self.modules = modules
         self.joined = Joined(modules) if join else None
         self.packed = isinstance(modules[0], W4A16Linear) and (len(modules) == 1 or join)
@@ -189,6 +194,15 @@ class Projection:
         """Undo the joining."""
         if self.joined is not None:
             self.joined.split()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that adds what is to be added once."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The results of all processes, added up in place."""
+        return part if self.ranks is None else self.ranks.sum(part)
 
     def __call__(
         self, x: Tensor, calls: Counter[str] | None, norm: Norm | None = None, residual: Tensor | None = None
@@ -201,6 +215,14 @@ class Projection:
             calls: counts kernel calls, ``None`` for no counting.
             norm, residual: inside the launch; only where ``packed``.
         """
+        if self.ranks is None:
+            return self.part(x, calls, norm, residual)
+        return self.whole(self.part(x, calls, norm, residual if self.leads else None))
+
+    def part(
+        self, x: Tensor, calls: Counter[str] | None, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Any:
+        """What this process has of the result, by itself and with the residual that it is given."""
         if not self.packed:
             return self._plain(x, calls)
         if self.joined is None:

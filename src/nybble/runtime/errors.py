@@ -43,3 +43,21 @@ class CompileError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """Nothing here can run the request; the text lists every candidate and why it was refused."""
+
+
+_TOLD = "_nybble_told"
+
+
+def everywhere(error: BaseException, *, told: bool) -> BaseException:
+    """Mark an error as one that every process has; ``told``: another one reports it."""
+    error.__dict__[_TOLD] = told
+    return error
+
+
+def is_told(error: BaseException) -> bool | None:
+    """Whether another process reports this error; ``None`` for one that may be of this process alone."""
+    return error.__dict__.get(_TOLD)
+
+
+class ElsewhereError(RuntimeError):
+    """Another of the processes that share a model failed; the text says which and how."""
