@@ -210,7 +210,8 @@ class Decoder:
             self.logits = logits.clone()
         else:
             self.logits.copy_(logits)
-        token, best = self.sampling.pick(logits, self.draws[self.index][0])
+        draws = self.draws[self.index][0] if self.sampling.temperature else self.draws[0]  # greedy looks at none
+        token, best = self.sampling.pick(logits, draws)
         self.token.copy_(token[:, None])
         self.tokens.index_copy_(0, self.index, token[None])
         self.best.index_copy_(0, self.index, best[None])
