@@ -205,11 +205,10 @@ class AttentionCase(Case):
         return (error * (1 + unit) + unit * truth[0].abs() + tiny,)
 
     def spec(self, variant: str = "auto") -> cost.Spec:
-        pairs = 1 << max(0, self.batch * self.kv_heads - 1).bit_length()
         angles = self.dtype if not self.turning or self.angles is None else self.angles
         return cost.Spec(
-            self.dtype, angles, self.d, self.heads // self.kv_heads, self.turning, self.norm, self.sinks, pairs,
-            1 << (self.slots - 1).bit_length(), True, variant,
+            self.dtype, angles, self.d, self.heads // self.kv_heads, self.turning, self.norm, self.sinks,
+            self.batch * self.kv_heads, cost.rounded(self.slots), True, variant,
         )  # fmt: skip
 
     def choice(self, hardware: Hardware | None, variant: str = "auto") -> Choice:

@@ -20,10 +20,12 @@ LAUNCH_US = 2.0
 """From the end of the kernel before to the first score, and from the last to the result, where nobody shares keys."""
 MERGE_US = {1: 0.0, 2: 0.5, 4: 0.5, 8: 0.6}
 """Of blocks that share keys: to meet, and to send their sums."""
-TILE_US = 0.55
-"""A tile of a warp once its rows are there, with the next ones on their way."""
+TILE_US = 0.4
+"""A tile of a warp once its rows are there."""
 BLOCK_US = 0.8
 """A block that begins when another ends: its first rows have not been asked for before."""
+READ_US = 1.2
+"""From asking for rows to having them, while all of memory is busy: a warp asks for one tile at a time."""
 SM_SHARE = 1.6
 """What one multiprocessor can read at most, in shares of the bandwidth that all of them have together."""
 
@@ -35,7 +37,7 @@ class Spec(NamedTuple):
         dtype: of queries, keys, values and the result. angles: of cosines and sines.
         d: width of a head. group: query heads a kv head. rotary: dimensions that are rotated, 0 for none.
         norm: queries and keys are normed. sinks: slots whose keys are rotated anew.
-        pairs: texts times kv heads, rounded up to a power of two. slots: rounded up to a power of two.
+        pairs: texts times kv heads. slots: rounded up by :func:`rounded`.
         aligned: the cache is 16-byte aligned. variant: ``"auto"`` or a name.
     """
 
@@ -50,6 +52,12 @@ class Spec(NamedTuple):
     slots: int
     aligned: bool = True
     variant: str = "auto"
+
+
+def rounded(slots: int) -> int:
+    """Up to one of four numbers between a power of two and the next."""
+    step = max(TILE, 1 << max(0, (slots - 1).bit_length() - 3))
+    return -(-slots // step) * step
 
 
 def refused(spec: Spec) -> str:
@@ -83,25 +91,32 @@ def registers(spec: Spec) -> int:
     return min(255, 44 + spec.d // 2 + products * (spec.d // 8 + spec.d // 4))
 
 
-def at_once(spec: Spec, splits: int, warps: int, hardware: Hardware) -> int:
-    """Blocks that run at a time. Clusters stay inside groups of 16 or 18 multiprocessors, so some are left over."""
+def resident(spec: Spec, splits: int, warps: int, hardware: Hardware) -> int:
+    """Blocks that one multiprocessor holds."""
     of_registers = 65536 // (32 * warps * -(-registers(spec) // 8) * 8)
-    each = max(1, min(of_registers, 2048 // (32 * warps), hardware.shared_bytes // shared_bytes(spec, splits, warps)))
+    return max(1, min(of_registers, 2048 // (32 * warps), hardware.shared_bytes // shared_bytes(spec, splits, warps)))
+
+
+def at_once(splits: int, each: int, hardware: Hardware) -> int:
+    """Blocks that run at a time, ``each`` on a multiprocessor. Clusters stay inside groups of 16 or 18 of those, so that
+    some are left over."""
     whole = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}[splits]
     return max(splits, int(hardware.sms * whole) * each // splits * splits)
 
 
 def predict(spec: Spec, splits: int, warps: int, hardware: Hardware) -> float:
     """Microseconds of a form."""
-    tiles = math.ceil(spec.slots / TILE)
-    blocks, together = spec.pairs * splits, at_once(spec, splits, warps, hardware)
-    turns = math.ceil(blocks / together)
-    steps = math.ceil(math.ceil(tiles / splits) / warps)
-    read = hardware.read_tbps or 1.0
-    memory = spec.pairs * spec.slots * spec.d * 4 / (read * 1e6)
-    busy = min(1.0, SM_SHARE * min(blocks, hardware.sms) / hardware.sms)
-    latency = turns * steps * TILE_US + (turns - 1) * BLOCK_US
-    return LAUNCH_US + MERGE_US[splits] + max(latency, memory / busy + TILE_US)
+    blocks, each = spec.pairs * splits, resident(spec, splits, warps, hardware)
+    turns = math.ceil(blocks / at_once(splits, each, hardware))
+    tiles = math.ceil(math.ceil(spec.slots / TILE) / splits)  # of a block
+    read, sms = (hardware.read_tbps or 1.0) * 1e6, hardware.sms  # bytes a microsecond
+    busy = min(blocks, sms)
+    # a multiprocessor reads what its warps have asked for
+    asking = min(each, math.ceil(blocks / sms)) * min(warps, tiles)
+    of_one = min(SM_SHARE * read / sms, asking * TILE * spec.d * 4 / READ_US)
+    memory = spec.pairs * spec.slots * spec.d * 4 / min(read, busy * of_one)
+    latency = turns * math.ceil(tiles / warps) * TILE_US + (turns - 1) * BLOCK_US
+    return LAUNCH_US + MERGE_US[splits] + max(latency, memory) + 0.3 * min(latency, memory)
 
 
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:

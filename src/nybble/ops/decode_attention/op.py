@@ -116,10 +116,9 @@ def spec_of(
     q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, q_norm: Tensor | None, still: Tensor | None,
     variant: str,
 ) -> cost.Spec:  # fmt: skip
-    """The request, with texts times heads and slots rounded up to powers of two."""
+    """The request, with slots rounded up."""
     batch, heads, slots, d = keys.shape
     aligned = q.device.type != "cuda" or (keys.data_ptr() | values.data_ptr()) % 16 == 0
-    pairs = 1 << max(0, batch * heads - 1).bit_length()
     return cost.Spec(
         q.dtype,
         q.dtype if cos is None else cos.dtype,
@@ -128,8 +127,8 @@ def spec_of(
         0 if cos is None else cos.shape[1],
         q_norm is not None,
         0 if still is None else still.shape[2],
-        pairs,
-        1 << (slots - 1).bit_length(),
+        batch * heads,
+        cost.rounded(slots),
         aligned,
         variant,
     )
