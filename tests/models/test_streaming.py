@@ -114,6 +114,11 @@ def test_sinks_and_window_after_eviction(
     close(steps(model, ids, StreamingCache(model, sinks=sinks, window=window)), expected)
     got = graph_steps(model, ids, StreamingCache(model, sinks=sinks, window=window), 1)
     close(got, expected)
+    report = nybble.fuse(model)
+    got = graph_steps(model, ids, StreamingCache(model, sinks=sinks, window=window), 1)
+    close(got, expected)
+    count = len(ids[0]) - max(1, sinks)  # from where the sinks are there
+    assert report.calls()["decode_attention"] == count * model.config.num_hidden_layers
 
 
 @KINDS

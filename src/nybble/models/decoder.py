@@ -421,6 +421,8 @@ def _describe(layer: Layer, plan: Plan, *, first: bool) -> str:
         parts += ["with the residual"] if added_inside and (not plan.parallel or _adds_itself(layer, plan)) else []
         if len(parts) > 1:
             pieces.append(" ".join(parts))
+        if what == "q, k, v" and "attention" not in plan.without:
+            pieces.append("attention of a step as one")
     return "; ".join([*said, *([", ".join(pieces)] if pieces else [])]) or "its products one by one"
 
 

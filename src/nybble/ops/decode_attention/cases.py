@@ -167,7 +167,7 @@ class AttentionCase(Case):
         keys[:, :, self.slot], doubt[:, :, self.slot] = self._rounded(self.new_key(inputs))
         values[:, :, self.slot] = inputs.v.double()
         q, in_q = self._rounded(self._prepared(inputs, inputs.q, None if inputs.norms is None else inputs.norms[0]))
-        shape = (self.batch, self.kv_heads, -1, self.d)
+        shape = (self.batch, self.kv_heads, self.heads // self.kv_heads, self.d)
         return q.view(shape), keys, values, in_q.view(shape), doubt
 
     def truth(self, inputs: Inputs) -> Tensors:

@@ -110,7 +110,7 @@ def predict(spec: Spec, splits: int, warps: int, hardware: Hardware) -> float:
     turns = math.ceil(blocks / at_once(splits, each, hardware))
     tiles = math.ceil(math.ceil(spec.slots / TILE) / splits)  # of a block
     read, sms = (hardware.read_tbps or 1.0) * 1e6, hardware.sms  # bytes a microsecond
-    busy = min(blocks, sms)
+    busy = min(spec.pairs * min(splits, math.ceil(spec.slots / TILE)), sms)
     # a multiprocessor reads what its warps have asked for
     asking = min(each, math.ceil(blocks / sms)) * min(warps, tiles)
     of_one = min(SM_SHARE * read / sms, asking * TILE * spec.d * 4 / READ_US)

@@ -56,8 +56,8 @@ def decode_attention(
         count, rotary = still.shape[2:]
         held[:, :, :count, :rotary] = (still * cos + turned * sin).to(keys.dtype).float()
     used = torch.arange(slots, device=keys.device) <= seen
-    scores = (q.float().view(batch, heads, -1, d) @ held.transpose(2, 3)) * scale
+    scores = (q.float().reshape(batch, heads, q.shape[1] // heads, d) @ held.transpose(2, 3)) * scale
     weights = scores.masked_fill(~used, float("-inf")).softmax(-1)
     # whatever lies in a slot that is not in use must not come through its weight of 0
     taken = values.float().masked_fill(~used.view(-1, 1), 0.0)
-    return (weights @ taken).view(batch, -1, d).to(q.dtype)
+    return (weights @ taken).view(q.shape).to(q.dtype)
