@@ -78,7 +78,8 @@ def test_a_fused_step_attends_in_one_kernel(
             logits.append(decoder.logits.clone())
         counted.append(report.calls().get("decode_attention", 0))
         report.undo()
-    assert counted == [0, 6 * layers]
+    joint = kind in ("gpt_neox", "gpt2") and not packed  # one projection of queries, keys and values, in 16 bits
+    assert counted == [0, 0 if joint else 6 * layers]
     torch.testing.assert_close(torch.stack(logits[6:]), torch.stack(logits[:6]), rtol=0, atol=1e-4)
 
 

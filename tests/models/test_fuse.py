@@ -525,7 +525,9 @@ def test_logits_of_every_family(
     assert report.refused[:1] == (relu if variant == "gpt2-relu" and how is not None else [])
 
 
-@pytest.mark.parametrize("without", [("carry",), ("qkv",), ("gate_up",), ("prologue",), ("epilogue",), ("attention",), "all"], ids=str)
+@pytest.mark.parametrize(
+    "without", [("carry",), ("qkv",), ("gate_up",), ("prologue",), ("epilogue",), ("attention",), "all"], ids=str
+)
 @EACH
 @pytest.mark.parametrize("packed", [False, True], ids=["fp32", "w4"])
 def test_each_fusion_can_be_left_out(

@@ -109,7 +109,7 @@ def good() -> dict[str, Any]:
     [
         (lambda a: {"q": a["q"].int()}, TypeError, "q: expected float16, bfloat16 or float32, got torch.int32"),
         (lambda a: {"q": a["q"][0]}, ValueError, r"q: expected shape \[batch, query heads, head_dim\], got \[4, 16\]"),
-        (lambda a: {"q": a["q"][:, :3]}, ValueError, "q: expected a multiple of 2 query heads, the kv heads of keys, got 3"),
+        (lambda a: {"q": a["q"][:, :3]}, ValueError, "q: expected a multiple of 2 query heads, .* got 3"),
         (lambda a: {"k": a["k"].half()}, TypeError, r"k: expected torch.float32, got torch.float16. Convert it"),
         (lambda a: {"v": a["v"][:, :1]}, ValueError, r"v: expected shape \[2, 2, 16\], got \[2, 1, 16\]"),
         (lambda a: {"keys": a["keys"][0]}, ValueError, r"keys: expected shape \[batch, kv heads, slots, head_dim\]"),
@@ -123,9 +123,9 @@ def good() -> dict[str, Any]:
         (lambda a: {"seen": a["seen"].to("meta")}, ValueError, "seen: expected device cpu, that of q, got meta"),
         (lambda a: {"angles": (a["angles"][0][:, :3],) * 2}, ValueError, r"cos: expected shape \[1 or 2, rotary\]"),
         (lambda a: {"angles": (a["angles"][0], a["angles"][1][:1])}, ValueError, r"sin: expected shape \[2, 16\]"),
-        (lambda a: {"angles": (a["angles"][0].double(),) * 2}, TypeError, "cos: expected torch.float32, the dtype of q, or"),
+        (lambda a: {"angles": (a["angles"][0].double(),) * 2}, TypeError, "cos: expected torch.float32, the"),
         (lambda a: {"norms": (a["norms"][0], a["norms"][1][1:])}, ValueError, r"k_norm: expected shape \[16\]"),
-        (lambda a: {"angles": None}, ValueError, "sinks: expected four tensors, and angles for the queries, got sinks without"),
+        (lambda a: {"angles": None}, ValueError, "sinks: expected four tensors, .* got sinks without"),
         (
             lambda a: {"sinks": a["sinks"]._replace(cos=a["sinks"].cos[:1])},
             ValueError, r"sinks.cos: expected shape \[2, 16\], got \[1, 16\]",
@@ -149,7 +149,9 @@ def flat(case: AttentionCase) -> tuple[Any, ...]:
     return (*inputs[:7], *(t for part in parts for t in part), case.d**-0.5, 1e-6, False, "auto")
 
 
-@pytest.mark.parametrize("case", [AttentionCase(2, 4, 2, 16, 12, FLOAT), AttentionCase(1, 4, 2, 16, 12, FLOAT, sinks=2)])
+@pytest.mark.parametrize(
+    "case", [AttentionCase(2, 4, 2, 16, 12, FLOAT), AttentionCase(1, 4, 2, 16, 12, FLOAT, sinks=2)]
+)
 def test_opcheck(case: AttentionCase) -> None:
     torch.library.opcheck(torch.ops.nybble.decode_attention.default, flat(case))
 
@@ -223,7 +225,9 @@ def test_before_hopper_the_reference_runs() -> None:
 # ---------------------------------------------------------------------------------------------------------------- peers
 
 
-@pytest.mark.parametrize("case", [*SMALL, replace(SMALL[0], rotary=0), AttentionCase(2, 4, 4, 80, 40, FLOAT, **TOGETHER)])
+@pytest.mark.parametrize(
+    "case", [*SMALL, replace(SMALL[0], rotary=0), AttentionCase(2, 4, 4, 80, 40, FLOAT, **TOGETHER)]
+)
 def test_peers_compute_the_same(case: AttentionCase) -> None:
     inputs = case.make()
     truth = case.truth(inputs)

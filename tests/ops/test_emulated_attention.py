@@ -50,7 +50,8 @@ def launch(case: AttentionCase, inputs: Any, splits: int, warps: int) -> torch.T
     angles, norms, sinks = inputs.angles or (None,) * 2, inputs.norms or (None,) * 2, inputs.sinks or (None,) * 4
     emulate.launch(
         op.source(spec, config), "q" * 16 + "n" * 9 + "dd", (case.batch * case.kv_heads * splits, 1, 1), 32 * warps,
-        *op.arguments(*inputs[:7], *angles, *norms, *sinks, out, case.d**-0.5, EPS), shared_bytes=shared, cluster=splits,
+        *op.arguments(*inputs[:7], *angles, *norms, *sinks, out, case.d**-0.5, EPS),
+        shared_bytes=shared, cluster=splits,
     )  # fmt: skip
     return out
 

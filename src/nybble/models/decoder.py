@@ -8,12 +8,13 @@ a product whose result is added to the hidden states. Where the two products are
     f = w4a16_linear(h, Wup, norm, activation)            norm, projection (gate and up as one), activation, one launch
     h = w4a16_linear(f, Wdown, residual=h)
 
-and in a decode step from a cache of static shapes ``attention`` is one launch too: ``decode_attention`` norms and rotates
+In a decode step from a cache of static shapes ``attention`` is one launch too: ``decode_attention`` norms and rotates
 queries and keys, appends to the cache and attends.
+
 Where they are not, the products are PyTorch's or those of int4 activations, and the residual addition goes with the
 norm that follows it, in this layer or the next: ``normed, h = add_rmsnorm(branch, h)``, or ``add_layernorm``; GPT-NeoX
-with its parallel residual has ``add_dual_layernorm(h, attn, mlp)``. Outside of such a step masks, cache and attention are transformers'
-own functions, called as its forward calls them; queries and keys are rotated together.
+with its parallel residual has ``add_dual_layernorm(h, attn, mlp)``. Outside of such a step masks, cache and attention
+are transformers' own functions, called as its forward calls them; queries and keys are rotated together.
 """
 
 from __future__ import annotations
@@ -513,8 +514,8 @@ def _forward(
 
 
 def _step_of(plan: Plan, config: Any, cache: Any, x: Tensor) -> RingCache | None:
-    """The cache, where this is a step that attends in one kernel: one token a text, and what is asked of the cache is in
-    tensors. There every layer is initialised, and no mask says more than the count of tokens does."""
+    """The cache, where this is a step that attends in one kernel: one token a text, and what is asked of the cache is
+    in tensors. There every layer is initialised, and no mask says more than the count of tokens does."""
     if "attention" in plan.without or not isinstance(cache, RingCache) or not cache.ring.stepping:
         return None
     if config._attn_implementation not in ("sdpa", "eager") or torch.compiler.is_compiling() or x.shape[1] != 1:
@@ -710,7 +711,8 @@ def _attend_step(
     norms = (attn.q_norm.weight, attn.k_norm.weight) if module is qwen3 else None
     sinks = None
     if ring.sink_angles is not None and layer.sunk is not None:
-        sinks = Sinks(*layer.sunk, *ring.sink_angles)
+        (still, turned), (cos, sin) = layer.sunk, ring.sink_angles
+        sinks = Sinks(still, turned, cos, sin)
     _count(calls, "decode_attention")
     # What the kernel before has written are q, k and v: the cache, its counts and the angles are older.
     out = decode_attention(

@@ -98,8 +98,8 @@ def resident(spec: Spec, splits: int, warps: int, hardware: Hardware) -> int:
 
 
 def at_once(splits: int, each: int, hardware: Hardware) -> int:
-    """Blocks that run at a time, ``each`` on a multiprocessor. Clusters stay inside groups of 16 or 18 of those, so that
-    some are left over."""
+    """Blocks that run at a time, ``each`` on a multiprocessor. Clusters stay inside groups of 16 or 18 of those, so
+    that some are left over."""
     whole = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}[splits]
     return max(splits, int(hardware.sms * whole) * each // splits * splits)
 

@@ -194,25 +194,30 @@ def cuda(
     scale: float, eps: float, settled: bool, variant: str,
 ) -> Tensor:  # fmt: skip
     """What runs on CUDA: ``[B, Hq, D]``; keys and values have the new token in the slot."""
-    more = (cos, sin, q_norm, k_norm, still, turned, sink_cos, sink_sin)
-    check(q, k, v, keys, values, slot, seen, *more, scale, eps)
+    given = q, k, v, keys, values, slot, seen, cos, sin, q_norm, k_norm, still, turned, sink_cos, sink_sin, scale, eps
+    check(*given)
     device = q.get_device()
     key = spec_of(q, keys, values, cos, q_norm, still, variant), device
     if key not in _PLANS:
         _PLANS[key] = _make(*key)
     entry = _PLANS[key]
     if entry is None:
-        return _reference(q, k, v, keys, values, slot, seen, *more, scale, eps)
+        return _reference(*given)
     plan, splits = entry
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     if cos is not None and sin is not None and (cos.stride(1) != 1 or cos.stride() != sin.stride()):
         cos, sin = cos.contiguous(), sin.contiguous()
-    more = (cos, sin, *(None if t is None else t.contiguous() for t in more[2:]))
+    q_norm, k_norm, still, turned, sink_cos, sink_sin = (
+        None if t is None else t.contiguous() for t in (q_norm, k_norm, still, turned, sink_cos, sink_sin)
+    )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
-        given = arguments(q, k, v, keys, values, slot, seen, *more, out, scale, eps)
-        pointers = [0 if t is None else t.data_ptr() for t in given[:16]]
-        plan.launch((keys.shape[0] * keys.shape[1] * splits, 1, 1), *pointers, *given[16:], alone=not settled)
+        taken = arguments(
+            q, k, v, keys, values, slot, seen, cos, sin, q_norm, k_norm, still, turned, sink_cos, sink_sin, out, scale,
+            eps,
+        )  # fmt: skip
+        pointers = [0 if t is None else t.data_ptr() for t in taken[:16]]
+        plan.launch((keys.shape[0] * keys.shape[1] * splits, 1, 1), *pointers, *taken[16:], alone=not settled)
     return out
 
 
@@ -232,12 +237,12 @@ def _reference(
 
 def cpu(*given: Any) -> Tensor:
     """What runs on a CPU; arguments as :func:`cuda`."""
-    *tensors, scale, eps, _, variant = given
-    check(*tensors, scale, eps)
+    variant = given[18]
+    check(*given[:17])
     if variant not in ("auto", "reference"):
-        q, keys, values, cos, q_norm, still = (tensors[i] for i in (0, 3, 4, 7, 9, 11))
+        q, keys, values, cos, q_norm, still = (given[i] for i in (0, 3, 4, 7, 9, 11))
         cost.choose(spec_of(q, keys, values, cos, q_norm, still, variant), None)  # raises: unknown, or refused
-    return _reference(*tensors, scale, eps)
+    return _reference(*given[:17])
 
 
 def fake(*given: Any) -> Tensor:
@@ -295,7 +300,8 @@ def decode_attention(
         q: ``[B, Hq, D]``. k, v: ``[B, Hkv, D]``, any strides, of one dtype: float16, bfloat16 or float32; ``Hq`` is a
             multiple of ``Hkv``, and neighbouring query heads share a kv head.
         keys, values: ``[B, Hkv, slots, D]``, contiguous, of that dtype: the cache, written in place.
-        slot: int64 ``[1]``, below ``min(seen + 1, slots)``: where the token goes. seen: int64 ``[1]``, tokens before it.
+        slot: int64 ``[1]``, below ``min(seen + 1, slots)``: where the token goes.
+        seen: int64 ``[1]``, the tokens before it.
         angles: cosines and sines ``[B or 1, rotary]``, of that dtype or float32: the halves of the first ``rotary``
             dimensions are rotated.
         norms: weights ``[D]`` of RMSNorms of queries and of keys, before the rotation. eps: of both.
