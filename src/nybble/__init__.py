@@ -36,6 +36,8 @@ _HOME = {
     "dequantize_int4": "nybble.ops.flatquant.op",
     "get_decompose_dim": "nybble.ops.flatquant.op",
     "w4a4_linear": "nybble.ops.w4a4.op",
+    "decode_attention": "nybble.ops.decode_attention.op",
+    "Sinks": "nybble.ops.decode_attention.op",
     "QuantizedWeight": "nybble.formats.grouped",
     "PackedWeight": "nybble.formats.tiles",
     "quantize_q4_0": "nybble.formats.gguf_q4_0",
@@ -68,6 +70,8 @@ __all__ = [  # noqa: RUF022 - in the order of the documentation
     "dequantize_int4",
     "get_decompose_dim",
     "w4a4_linear",
+    "decode_attention",
+    "Sinks",
     "QuantizedWeight",
     "PackedWeight",
     "quantize_q4_0",
@@ -85,6 +89,7 @@ if TYPE_CHECKING:
     from nybble.models.load import load
     from nybble.models.patch import Report, fuse
     from nybble.models.streaming import StreamingCache
+    from nybble.ops.decode_attention.op import Sinks, decode_attention
     from nybble.ops.flatquant.op import dequantize_int4, flatquant_dynamic_quantize, get_decompose_dim
     from nybble.ops.ln_qkv.op import fused_ln_qkv_gptq, ln_qkv, release_packed
     from nybble.ops.norm.op import (

@@ -21,5 +21,12 @@ static uint4 load_streaming(const uint4* from) {
     aligned(from);
     return *from;
 }
+template <typename Value> static Value load_of(const Value* from) {
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(Value)) fail("a misaligned access");
+    return *from;
+}
+static uint2 load_streaming(const uint2* from) { return load_of(from); }
+static unsigned load_streaming(const unsigned* from) { return load_of(from); }
+static unsigned load_streaming(const unsigned short* from) { return load_of(from); }
 static uint4 load_early(const uint4* from) { return load_streaming(from); }
 static void sync_part(int id, int threads) { wait_at(self->block->named[id], threads); }

@@ -135,6 +135,12 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct uint2 {
+    unsigned x, y;
+};
+struct float2 {
+    float x, y;
+};
 struct int4 {
     int x, y, z, w;
 };

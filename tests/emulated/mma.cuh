@@ -47,6 +47,16 @@ static void load_matrices_transposed(unsigned (&r)[4], const void* row) {
                         shared_at(*self->block, addresses[i * 8 + self->lane % 4 * 2 + e], 16) + self->lane / 4 * 2, 2);
     warp_barrier();
 }
+static unsigned transposed(unsigned of) {
+    auto& words = warp_of().words;
+    words[self->lane][0] = of;
+    warp_barrier();
+    unsigned d = 0;
+    const int row = self->lane / 4;
+    for (int e = 0; e < 2; ++e) d |= (words[(self->lane % 4 * 2 + e) * 4 + row / 2][0] >> 16 * (row % 2) & 0xffff) << 16 * e;
+    warp_barrier();
+    return d;
+}
 struct Split {
     unsigned high, low;
 };

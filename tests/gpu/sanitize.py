@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checks import check_case
 
 from nybble.ops.case import Case
+from nybble.ops.decode_attention.cases import AttentionCase
 from nybble.ops.flatquant.cases import FlatQuantCase
 from nybble.ops.norm.cases import FUNCTIONS, NormCase
 from nybble.ops.q4_0.cases import Q4Case
@@ -64,6 +65,10 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((FlatQuantCase(3, 256, n, packed=False, clips=2), "auto") for n in (256, 9)),
     *((W4A4Case(m, 72, 272, bias=True), "gemm") for m in (1, 16, 33, 128, 300)),
     *((W4A4Case(m, 12288, 512), "gemm") for m in (1, 64, 1024)),  # several tiles a worker
+    *((AttentionCase(batch, 8, 2, 128, slots, seen=slots - 5), "cuda") for batch in (1, 40) for slots in (70, 700)),
+    *((AttentionCase(1, 4, 4, 80, slots, rotary=20, together=True), "cuda") for slots in (1, 100)),
+    *((AttentionCase(2, 6, 2, d, 100, torch.bfloat16, norm=True), "cuda") for d in (8, 72, 120, 200, 256)),
+    (AttentionCase(1, 24, 2, 64, 100, sinks=4, seen=200), "cuda"),
 )
 
 

@@ -76,7 +76,7 @@ def test_four_layers_of_a_true_shape(shape: str, dtype: torch.dtype, batch: int)
     bound = scale * (0.03 if dtype is torch.float16 else 0.2)
     for got in (plain, eager, fused):
         assert float((got.float() - whole).abs().max()) <= bound
-    assert report.calls()["w4a16_linear"] > 0
+    assert report.calls()["w4a16_linear"] > 0 and report.calls()["decode_attention"] > 0
 
 
 def test_graphs_leave_each_other_s_sums_alone() -> None:
@@ -136,6 +136,28 @@ def test_each_fusion_left_out(shape: str, without: tuple[str, ...]) -> None:
         nybble.fuse(model, without=without)
         got = logits_of(model, ids, 24, graph=True)
     assert float((got - expected).float().abs().max()) <= 0.03 * float(expected.float().std())
+
+
+@SHAPES
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_a_step_is_five_kernels_a_layer(shape: str, batch: int) -> None:
+    """Everything else of a step is there once: twice as many layers have five more kernels a layer."""
+    counts = []
+    for layers in (2, 4):
+        model = bench.random_model(shape, device=CUDA, dtype=torch.float16, layers=layers)
+        nybble.fuse(model)
+        decoder = Decoder(model, RingCache(layers, 128), batch=batch, capacity=128, sampling=Sampling())
+        decoder.prefill(torch.randint(1, 50000, (batch, 40), generator=torch.Generator().manual_seed(1)).cuda())
+        decoder.capture()
+        decoder.step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            decoder.step()
+            torch.cuda.synchronize()
+        counts.append(sum(e.count for e in found.key_averages() if "_kernel" in e.key or "elementwise" in e.key))
+        attention = [e for e in found.key_averages() if "decode_attention_kernel" in e.key]
+        assert sum(e.count for e in attention) == layers
+    assert counts[1] - counts[0] <= 2 * (5 if batch == 1 else 7)  # a norm may be a kernel of its own
 
 
 @FUSED
@@ -216,6 +238,6 @@ def test_the_bench_measures_every_cell() -> None:
     found = list(
         bench.measure(model, batches=(1, 8), context=64, steps=16, prompts=(128,), read_tbps=4.0, ablation=True)
     )
-    assert [r.wrong for r in found] == [""] * 14
+    assert [r.wrong for r in found] == [""] * 15
     for r in found:
         assert 0 < r.tpot_ms_p50 <= r.tpot_ms_p99 and 0 < r.of_roof < 1.2 and r.peak_bytes > r.token_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,70 @@ def test_logits_of_steps_are_those_of_the_whole_text(make_model: MakeModel, ids:
     torch.testing.assert_close(decoder.best.t(), logits.max(-1).values, rtol=0, atol=1e-4)
     torch.testing.assert_close(made, logits.argmax(-1))
     assert decoder.cache.tokens == ids.shape[1] + 11
+
+
+@KINDS
+@pytest.mark.parametrize("packed", [False, True], ids=["fp32", "w4"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fused_step_attends_in_one_kernel(
+    make_model: MakeModel, make_packed: MakeModel, ids: torch.Tensor, kind: str, packed: bool, batch: int
+) -> None:
+    """The logits with and without it."""
+    model = (make_packed if packed else make_model)(kind)
+    layers, logits, counted = model.config.num_hidden_layers, [], []
+    for without in (("attention",), ()):
+        report = nybble.fuse(model, without=without)
+        decoder = Decoder(model, RingCache(layers, 64), batch=batch, capacity=12, sampling=Sampling())
+        decoder.prefill(ids[:batch])
+        for i in range(6):
+            decoder.feed(ids[:batch, i])
+            decoder.step()
+            assert decoder.logits is not None
+            logits.append(decoder.logits.clone())
+        counted.append(report.calls().get("decode_attention", 0))
+        report.undo()
+    joint = kind in ("gpt_neox", "gpt2") and not packed  # one projection of queries, keys and values, in 16 bits
+    assert counted == [0, 0 if joint else 6 * layers]
+    torch.testing.assert_close(torch.stack(logits[6:]), torch.stack(logits[:6]), rtol=0, atol=1e-4)
+
+
+@KINDS
+def test_a_layer_of_a_fused_step_is_five_operations(make_packed: MakeModel, ids: torch.Tensor, kind: str) -> None:
+    views = ("view", "slice", "select", "split", "unbind", "transpose", "squeeze", "expand", "alias", "empty")
+    ran: list[list[str]] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not any(view in str(function) for view in views):
+                ran[-1].append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for layers in (2, 3):
+        model = make_packed(kind, **{"n_layer" if kind == "gpt2" else "num_hidden_layers": layers})
+        nybble.fuse(model)
+        decoder = Decoder(model, RingCache(layers, 64), batch=2, capacity=8, sampling=Sampling())
+        decoder.prefill(ids)
+        ran.append([])
+        with torch.inference_mode(), Watch():
+            decoder._step()
+    extra = Counter(ran[1]) - Counter(ran[0])
+    assert extra == {"nybble.w4a16.default": 4, "nybble.decode_attention.default": 1}
+
+
+def test_what_a_kernel_cant_serve_takes_the_usual_path(make_model: MakeModel, ids: torch.Tensor) -> None:
+    model = make_model("llama")
+    expected = tokens(model, ids, cache="static")
+    report = nybble.fuse(model)
+    model(ids, past_key_values=RingCache(2, 32), use_cache=True)  # not a step
+    model(ids[:, :1], past_key_values=RingCache(2, 32), use_cache=True)
+    assert "decode_attention" not in report.calls()
+    sliding = make_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    report = nybble.fuse(sliding)
+    decoder = Decoder(sliding, RingCache(2, 64), capacity=8, sampling=Sampling())
+    decoder.prefill(ids[:1])
+    decoder.step()
+    assert "decode_attention" not in report.calls()
+    assert tokens(model, ids, cache="static") == expected
 
 
 def test_a_decoder_forgets_the_text_before(make_model: MakeModel, ids: torch.Tensor) -> None:

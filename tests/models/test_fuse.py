@@ -525,7 +525,9 @@ def test_logits_of_every_family(
     assert report.refused[:1] == (relu if variant == "gpt2-relu" and how is not None else [])
 
 
-@pytest.mark.parametrize("without", [("carry",), ("qkv",), ("gate_up",), ("prologue",), ("epilogue",), "all"], ids=str)
+@pytest.mark.parametrize(
+    "without", [("carry",), ("qkv",), ("gate_up",), ("prologue",), ("epilogue",), ("attention",), "all"], ids=str
+)
 @EACH
 @pytest.mark.parametrize("packed", [False, True], ids=["fp32", "w4"])
 def test_each_fusion_can_be_left_out(
@@ -539,7 +541,7 @@ def test_each_fusion_can_be_left_out(
     kind, changes = VARIANTS[variant]
     model = (make_packed if packed else make_model)(kind, **changes)
     expected = model(ids).logits
-    left_out = ("carry", "qkv", "gate_up", "prologue", "epilogue") if without == "all" else without
+    left_out = ("carry", "qkv", "gate_up", "prologue", "epilogue", "attention") if without == "all" else without
     report = nybble.fuse(model, without=left_out)
     close(model(ids).logits, expected)
     calls = report.calls()
@@ -551,7 +553,7 @@ def test_each_fusion_can_be_left_out(
 
 
 def test_what_cant_be_left_out(make_model: MakeModel) -> None:
-    for wrong in (("attention",), "carry"):
+    for wrong in (("norms",), "carry"):
         with pytest.raises(ValueError, match=r"fuse: without: expected some of \['carry'"):
             nybble.fuse(make_model("llama"), without=wrong)
 
@@ -676,7 +678,7 @@ def test_compiled_decode_of_packed_models(make_packed: MakeModel, ids: torch.Ten
 def test_the_report_of_a_packed_model(make_packed: MakeModel) -> None:
     assert str(nybble.fuse(make_packed("llama"))) == (
         "replaced:\n"
-        "  model.layers.0..1  q, k, v as one with its norm, output with the residual, "
+        "  model.layers.0..1  q, k, v as one with its norm, attention of a step as one, output with the residual, "
         "gate and up as one with its norm with silu_mul, down with the residual\n"
         "  model.norm         rmsnorm"
     )

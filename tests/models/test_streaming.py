@@ -106,14 +106,20 @@ def test_dense_while_nothing_is_evicted(make_model: MakeModel, kind: str, fused:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 12), (0, 16), (1, 1), (2, 7)])
 def test_sinks_and_window_after_eviction(
-    make_model: MakeModel, kind: str, attention: str, sinks: int, window: int
+    make_model: MakeModel, make_packed: MakeModel, kind: str, attention: str, sinks: int, window: int
 ) -> None:
-    model, ids = make_model(kind, attn_implementation=attention), text(60)
+    make = make_packed if kind == "gpt_neox" else make_model  # whose joint projection is fused in 4 bits only
+    model, ids = make(kind, attn_implementation=attention), text(60)
     expected = steps(model, ids, Unrotated(model, sinks, window))
     assert (expected - model(ids).logits)[:, -1].abs().max() > 1e-2  # what was evicted matters
     close(steps(model, ids, StreamingCache(model, sinks=sinks, window=window)), expected)
     got = graph_steps(model, ids, StreamingCache(model, sinks=sinks, window=window), 1)
     close(got, expected)
+    report = nybble.fuse(model)
+    got = graph_steps(model, ids, StreamingCache(model, sinks=sinks, window=window), 1)
+    close(got, expected)
+    count = len(ids[0]) - max(1, sinks)  # from where the sinks are there
+    assert report.calls()["decode_attention"] == count * model.config.num_hidden_layers
 
 
 @KINDS

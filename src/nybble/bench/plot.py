@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXIS = {"norm": "rows", "w4a16": "m", "ln_qkv": "m", "q4_0": "m", "flatquant": "tokens", "w4a4": "m"}
+AXIS = {
+    "norm": "rows", "w4a16": "m", "ln_qkv": "m", "q4_0": "m", "flatquant": "tokens", "w4a4": "m",
+    "decode_attention": "slots",
+}  # fmt: skip
 """The dimension an operation is drawn against; for one that is not here, the first of its shape."""
 
 SUFFIXES = (".svg", ".png")

@@ -566,6 +566,11 @@ def explain(
     rows: int | None = typer.Option(None, "--rows", min=0, help="norm: rows (tokens)."),
     hidden: int | None = typer.Option(None, "--hidden", min=1, help="norm: hidden size."),
     tokens: int | None = typer.Option(None, "--tokens", min=0, help="flatquant: tokens."),
+    batch: int | None = typer.Option(None, "--batch", min=0, help="decode_attention: texts."),
+    heads: int | None = typer.Option(None, "--heads", min=1, help="decode_attention: query heads."),
+    kv_heads: int | None = typer.Option(None, "--kv-heads", min=1, help="decode_attention: heads of keys and values."),
+    d: int | None = typer.Option(None, "--d", min=1, help="decode_attention: width of a head."),
+    slots: int | None = typer.Option(None, "--slots", min=1, help="decode_attention: tokens that the cache holds."),
     function: str = typer.Option("", "--function", help="Which function of the operation, such as add_rmsnorm."),
     dtype: str = typer.Option("float16", "--dtype", help="float16, bfloat16 or float32."),
     hardware: str = typer.Option("", "--hardware", help="h200, a100 or current; without a GPU here, h200."),
@@ -575,7 +580,10 @@ def explain(
 
     Needs no GPU: the choice is a function of the request and the hardware.
     """
-    given = {"m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden, "tokens": tokens}
+    given = {
+        "m": m, "n": n, "k": k, "group_size": group_size, "rows": rows, "hidden": hidden, "tokens": tokens,
+        "batch": batch, "heads": heads, "kv_heads": kv_heads, "d": d, "slots": slots,
+    }  # fmt: skip
     case = _case(op, {name: value for name, value in given.items() if value is not None}, dtype, function, bits)
     card = _hardware(hardware)
     choice = case.choice(card)

@@ -32,6 +32,23 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* from) {
     return v;
 }
 
+// The same of 8, 4 and 2 bytes, where a row is no multiple of 16 for all of a warp's lanes.
+__device__ __forceinline__ uint2 load_streaming(const uint2* from) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ unsigned load_streaming(const unsigned* from) {
+    unsigned v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ unsigned load_streaming(const unsigned short* from) {
+    unsigned short v;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    return v;
+}
+
 // Barrier number `id` (1..15) among `threads` threads, a multiple of 32. PTX ISA, "bar.sync".
 __device__ __forceinline__ void sync_part(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

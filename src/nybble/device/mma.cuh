@@ -49,6 +49,14 @@ __device__ __forceinline__ void store_transposed(unsigned first, unsigned second
                  : "memory");
 }
 
+// An 8x8 matrix of 16-bit values, a register a lane, transposed: lane i has columns 2 (i % 4) and the next of row i / 4.
+// PTX ISA, "movmatrix".
+__device__ __forceinline__ unsigned transposed(unsigned of) {
+    unsigned d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(of));
+    return d;
+}
+
 // A float as the sum of two that the tensor cores take as they are (tf32, 11 bits each). PTX ISA, "cvt.rna.tf32".
 struct Split {
     unsigned high, low;

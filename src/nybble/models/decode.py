@@ -213,7 +213,8 @@ class Decoder:
             self.logits = logits.clone()
         else:
             self.logits.copy_(logits)
-        token, best = self.sampling.pick(logits, self.draws[self.index][0])
+        draws = self.draws[self.index][0] if self.sampling.temperature else self.draws[0]  # greedy looks at none
+        token, best = self.sampling.pick(logits, draws)
         if self.ranks is not None:  # drawn from numbers of its own, a process may end where another goes on
             token = self.ranks.follow(token)
         self.token.copy_(token[:, None])

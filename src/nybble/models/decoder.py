@@ -8,10 +8,13 @@ a product whose result is added to the hidden states. Where the two products are
     f = w4a16_linear(h, Wup, norm, activation)            norm, projection (gate and up as one), activation, one launch
     h = w4a16_linear(f, Wdown, residual=h)
 
+In a decode step from a cache of static shapes ``attention`` is one launch too: ``decode_attention`` norms and rotates
+queries and keys, appends to the cache and attends.
+
 Where they are not, the products are PyTorch's or those of int4 activations, and the residual addition goes with the
 norm that follows it, in this layer or the next: ``normed, h = add_rmsnorm(branch, h)``, or ``add_layernorm``; GPT-NeoX
-with its parallel residual has ``add_dual_layernorm(h, attn, mlp)``. Masks, cache and attention are transformers' own
-functions, called as its forward calls them; queries and keys are rotated together.
+with its parallel residual has ``add_dual_layernorm(h, attn, mlp)``. Outside of such a step masks, cache and attention
+are transformers' own functions, called as its forward calls them; queries and keys are rotated together.
 """
 
 from __future__ import annotations
@@ -36,15 +39,18 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.utils.generic import merge_with_config_defaults
 
+from nybble.models.cache import RingCache
 from nybble.models.layers import W4A16Linear
 from nybble.models.projection import KINDS, Projection, join_refusal
 from nybble.models.ranks import bare
+from nybble.ops.decode_attention.op import Sinks, can_run, decode_attention
 from nybble.ops.norm.op import add_dual_layernorm, add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from nybble.ops.w4a16.op import Norm
 
-FUSIONS = ("carry", "qkv", "gate_up", "prologue", "epilogue")
+FUSIONS = ("carry", "qkv", "gate_up", "prologue", "epilogue", "attention")
 """What :func:`nybble.fuse` can leave out: the residual addition with the norm after it, the query, key and value
-projections as one, gate and up as one, the norm inside a 4-bit product, activation and residual inside it."""
+projections as one, gate and up as one, the norm inside a 4-bit product, activation and residual inside it, and the
+attention of a decode step in one kernel."""
 
 COUNTER, PLAN = "_nybble_calls", "_nybble_plan"
 """The attributes that a patched base model has besides its forward."""
@@ -145,12 +151,15 @@ class Pass(NamedTuple):
         arguments: as transformers' attention takes them.
         turns: cosines and sines of the positions, ``[..., 1, rotary]``, the sines' first half negated; ``None``
             without rotary embedding.
+        step: the cache, where the attention of this step is one kernel; then ``turns`` are the cosines and sines
+            ``[texts, rotary]`` themselves.
     """
 
     masks: dict[str, Any]
     kinds: list[str] | None
     arguments: dict[str, Any]
     turns: tuple[Tensor, Tensor] | None
+    step: RingCache | None = None
 
     def mask(self, index: int) -> Any:
         return self.masks["full_attention"] if self.kinds is None else self.masks[self.kinds[index]]
@@ -414,6 +423,8 @@ def _describe(layer: Layer, plan: Plan, *, first: bool) -> str:
         parts += ["with the residual"] if added_inside and (not plan.parallel or _adds_itself(layer, plan)) else []
         if len(parts) > 1:
             pieces.append(" ".join(parts))
+        if what == "q, k, v" and "attention" not in plan.without:
+            pieces.append("attention of a step as one")
     return "; ".join([*said, *([", ".join(pieces)] if pieces else [])]) or "its products one by one"
 
 
@@ -461,6 +472,7 @@ def _forward(
     assert position_ids is not None
     hidden = inputs_embeds
     arguments, turns = kwargs, None
+    step = _step_of(plan, config, past_key_values, inputs_embeds)
     if family.module is gpt2:
         hidden = self.drop(hidden + self.wpe(position_ids))
         if isinstance(attention_mask, Tensor) and attention_mask.ndim < 4:
@@ -469,8 +481,11 @@ def _forward(
         if family.module is gpt_neox:
             hidden = self.emb_dropout(hidden)
         cos, sin = arguments["position_embeddings"] = self.rotary_emb(hidden, position_ids=position_ids)
-        first, second = sin.chunk(2, -1)
-        turns = cos.unsqueeze(-2), torch.cat((-first, second), -1).unsqueeze(-2)
+        if step is not None:
+            turns = cos[:, 0], sin[:, 0]
+        else:
+            first, second = sin.chunk(2, -1)
+            turns = cos.unsqueeze(-2), torch.cat((-first, second), -1).unsqueeze(-2)
     masks = attention_mask
     if not isinstance(masks, dict):
         makers: dict[str, Any] = {"full_attention": create_causal_mask}
@@ -492,11 +507,30 @@ def _forward(
         "position_ids": position_ids,
     }
     kinds = getattr(config, "layer_types", None) if len(masks) > 1 else None
-    given = Pass(masks, kinds, arguments, turns)
+    given = Pass(masks, kinds, arguments, turns, step)
     hidden = (_parallel if plan.parallel else _sequential)(self, plan, hidden, given)
     kept = past_key_values if use_cache or family.module in (llama, gpt_neox) else None
     made = BaseModelOutputWithPastAndCrossAttentions if family.module is gpt2 else BaseModelOutputWithPast
     return made(last_hidden_state=hidden, past_key_values=kept)  # type: ignore[return-value, arg-type]
+
+
+def _step_of(plan: Plan, config: Any, cache: Any, x: Tensor) -> RingCache | None:
+    """The cache, where this is a step that attends in one kernel: one token a text, and what is asked of the cache is
+    in tensors. There every layer is initialised, and no mask says more than the count of tokens does."""
+    if "attention" in plan.without or not isinstance(cache, RingCache) or not cache.ring.stepping:
+        return None
+    if config._attn_implementation not in ("sdpa", "eager") or torch.compiler.is_compiling() or x.shape[1] != 1:
+        return None
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return None
+    keys = cache.rings[0].keys
+    if keys is None or any(not layer.is_initialized for layer in cache.rings) or keys.dtype != x.dtype:
+        return None
+    if any(layer.qkv is None for layer in plan.layers):
+        return None
+    sinks = 0 if cache.ring.sink_angles is None else cache.ring.sinks
+    group = config.num_attention_heads // keys.shape[1]
+    return cache if can_run(keys.dtype, keys.shape[3], group, sinks, keys.device) else None
 
 
 def _sequential(self: Any, plan: Plan, hidden: Tensor, given: Pass) -> Tensor:
@@ -636,6 +670,8 @@ def _activate(layer: Layer, projected: Any) -> Tensor:
 
 def _attend(plan: Plan, attn: Any, projected: Any, mask: Any, given: Pass, calls: Counter[str] | None) -> Tensor:
     """Attention between its projections, as the family's own forward computes it: ``[..., heads * head_dim]``."""
+    if given.step is not None:
+        return _attend_step(plan.family.module, attn, projected, given.step, given.turns, calls)
     module, rest = plan.family.module, dict(given.arguments)
     cache = rest.pop("layer_past" if module is gpt_neox else "past_key_values")
     rest.pop("position_embeddings", None)
@@ -652,6 +688,40 @@ def _attend(plan: Plan, attn: Any, projected: Any, mask: Any, given: Pass, calls
     if module in (qwen2, qwen3):
         rest["sliding_window"] = attn.sliding_window
     return _weigh(module, attn, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache, mask, rest, lead)
+
+
+def _attend_step(
+    module: Any,
+    attn: Any,
+    projected: Any,
+    cache: RingCache,
+    angles: tuple[Tensor, Tensor] | None,
+    calls: Counter[str] | None,
+) -> Tensor:
+    """The same for one token a text, in one kernel: ``[texts, 1, heads * head_dim]``."""
+    ring, layer = cache.ring, cache.rings[attn.layer_idx]
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None
+    texts, heads, _, width = keys.shape
+    if module is gpt_neox:
+        q, k, v = projected.view(texts, heads, 3, width).unbind(2)
+    elif isinstance(projected, Tensor):
+        every = projected.view(texts, -1, width)
+        q, k, v = every.split((every.shape[1] - 2 * heads, heads, heads), 1)
+    else:
+        q, k, v = (part.view(texts, -1, width) for part in projected)
+    norms = (attn.q_norm.weight, attn.k_norm.weight) if module is qwen3 else None
+    sinks = None
+    if ring.sink_angles is not None and layer.sunk is not None:
+        (still, turned), (cos, sin) = layer.sunk, ring.sink_angles
+        sinks = Sinks(still, turned, cos, sin)
+    _count(calls, "decode_attention")
+    # What the kernel before has written are q, k and v: the cache, its counts and the angles are older.
+    out = decode_attention(
+        q, k, v, keys, values, ring.slot, ring.seen, angles=angles, norms=norms, sinks=sinks, scale=attn.scaling,
+        eps=attn.q_norm.variance_epsilon if module is qwen3 else 0.0, settled=True,
+    )  # fmt: skip
+    return out.view(texts, 1, -1)
 
 
 def _heads(

@@ -94,7 +94,8 @@ def fuse(model: nn.Module, *, without: Collection[str] = ()) -> Report:
     the next (``add_rmsnorm``, ``add_layernorm``, ``add_dual_layernorm``). Query, key and value projections become one
     product, gate and up another; the layers' parameters become views of the joined ones, so that no memory is added.
     Where the projections are 4-bit, the norm before them, the activation and the residual addition after them are part
-    of their launch. A call that the fused path can't serve (training, gradients, ``output_hidden_states``,
+    of their launch. In a decode step from a cache of static shapes, rotation, append and attention are one launch
+    (``decode_attention``). A call that the fused path can't serve (training, gradients, ``output_hidden_states``,
     ``output_attentions``, ``token_type_ids``, a hook on what is not called as a module any more, autocast) takes the
     original one.
 
@@ -103,7 +104,7 @@ def fuse(model: nn.Module, *, without: Collection[str] = ()) -> Report:
             values.
         without: fusions to leave out, for comparison: ``"carry"`` (residual addition and norm in one kernel),
             ``"qkv"``, ``"gate_up"`` (projections as one), ``"prologue"`` (the norm inside a 4-bit product),
-            ``"epilogue"`` (activation and residual inside it).
+            ``"epilogue"`` (activation and residual inside it), ``"attention"`` (of a decode step, as one kernel).
 
     Returns:
         What was replaced, and what was refused and why. A model of an unknown kind comes back unchanged, with the

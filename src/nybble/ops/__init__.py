@@ -8,6 +8,7 @@ OPERATIONS: dict[str, str] = {
     "q4_0": "llama.cpp's Q4_0 weights, activations quantised to Q8_1 inside the kernel",
     "flatquant": "two small transforms around each row, then int4 with a scale a row",
     "w4a4": "4-bit weight linear of activations that are int4 as well",
+    "decode_attention": "rotation, append to the cache and attention of one new token",
 }
 """Folder name -> one line. ``nybble.ops.<name>.cases`` holds ``BENCH`` (cases for a GPU), ``SMALL`` (for a CPU) and
 ``parse(shape, dtype)``."""
