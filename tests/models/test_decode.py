@@ -84,7 +84,9 @@ def test_a_fused_step_attends_in_one_kernel(
 
 
 @KINDS
-def test_a_layer_of_a_fused_step_is_five_operations(make_packed: MakeModel, ids: torch.Tensor, kind: str) -> None:
+def test_a_layer_of_a_fused_step_is_five_operations_or_six(
+    make_packed: MakeModel, ids: torch.Tensor, kind: str
+) -> None:
     views = ("view", "slice", "select", "split", "unbind", "transpose", "squeeze", "expand", "alias", "empty")
     ran: list[list[str]] = []
 
@@ -103,7 +105,17 @@ def test_a_layer_of_a_fused_step_is_five_operations(make_packed: MakeModel, ids:
         with torch.inference_mode(), Watch():
             decoder._step()
     extra = Counter(ran[1]) - Counter(ran[0])
-    assert extra == {"nybble.w4a16.default": 4, "nybble.decode_attention.default": 1}
+    norms = {"nybble.add_dual_layernorm.default": 1} if kind == "gpt_neox" else {}  # both, and both additions
+    assert extra == {"nybble.w4a16.default": 4, "nybble.decode_attention.default": 1, **norms}
+
+
+@pytest.mark.parametrize("vocabulary", [96, 256, 257, 50304])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary: int) -> None:
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # many are equal
+    logits[1, 5], logits[2, 1:] = float("nan"), float("-inf")
+    token, best = Sampling().pick(logits, torch.zeros(3))
+    assert torch.equal(token, logits.argmax(-1))
+    torch.testing.assert_close(best, logits.amax(-1), equal_nan=True)
 
 
 def test_what_a_kernel_cant_serve_takes_the_usual_path(make_model: MakeModel, ids: torch.Tensor) -> None:

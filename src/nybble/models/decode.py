@@ -7,6 +7,7 @@ queues replays and looks at results when somebody wants them. Without a GPU the 
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Sampling(NamedTuple):
         Returns:
             int64 ``[batch]`` tokens, and float32 ``[batch]`` the largest logits, which are finite or show what is not.
         """
-        best, token = logits.max(-1)
+        best, token = _largest(logits)
         if not self.temperature:
             return token, best.float()
         logits = logits.float() / self.temperature
@@ -70,6 +71,17 @@ class Sampling(NamedTuple):
         # the first whose sum passes the draw, so never one whose chance is 0
         place = torch.searchsorted(upto, draws[:, None] * upto[:, -1:], right=True).clamp_(max=upto.shape[-1] - 1)
         return (place if order is None else order.gather(-1, place))[:, 0], best.float()
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row and where it is, the first of several.
+
+    In parts: PyTorch gives a row to one block, 30 us for the 128256 of Llama-3.
+    """
+    parts = math.gcd(logits.shape[-1], 256)
+    best, within = logits.unflatten(-1, (parts, -1)).max(-1)
+    best, part = best.max(-1)
+    return best, part * (logits.shape[-1] // parts) + within.gather(-1, part[:, None])[:, 0]
 
 
 class Decoder:
