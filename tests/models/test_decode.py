@@ -84,7 +84,7 @@ def test_a_fused_step_attends_in_one_kernel(
 
 
 @KINDS
-def test_a_layer_of_a_fused_step_is_five_operations_or_six(
+def test_a_layer_of_a_fused_step_is_five_or_six_operations(
     make_packed: MakeModel, ids: torch.Tensor, kind: str
 ) -> None:
     views = ("view", "slice", "select", "split", "unbind", "transpose", "squeeze", "expand", "alias", "empty")
