@@ -42,8 +42,10 @@ static_assert(WARPS == 4 || WARPS == 8, "a block has 4 or 8 warps");
 constexpr int THREADS = 32 * WARPS, TILE = 16;            // keys of a tile
 constexpr int NT = (GROUP + 7) / 8;                       // products of 8 heads
 constexpr int K_REGISTERS = D / 8, V_REGISTERS = (D + 8) / 16;  // of one row in one lane
+constexpr int PER_LANE = (D + 31) / 32;                   // dimensions of a lane, where a warp has a row
 constexpr int STEPS = (D + 8) / 16;                       // of 16 dimensions, the last perhaps of 8
 constexpr bool RAGGED = D % 16 != 0;
+constexpr bool HOLDS = D <= 128;                          // queries in registers; those of wider heads are read for each tile
 constexpr int Q_PITCH = D + 8, PITCH = D + 8;             // the rows of a fragment's lanes lie in different banks
 constexpr int QUADS = GROUP * D / 4, SHARE = (QUADS + SPLITS - 1) / SPLITS;  // float4 of a result, and those a block of the cluster finishes
 constexpr float LOWEST = -3.4e38f;
@@ -144,6 +146,7 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
             barrier_init_done();
             barrier_expect(arrived, SPLITS * 16 * (max(quads, 0) + GROUP));
         }
+        __syncwarp();
         cluster_arrive();
     }
 
@@ -186,46 +189,64 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
             }
         }
     }
+    float cosine[PER_LANE], sine[PER_LANE];
+    auto ask_angles = [&] {
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            const int d = lane + 32 * i;
+            cosine[i] = 1.0f, sine[i] = 0.0f;
+            if (ROTARY > 0 && d < ROTARY) cosine[i] = to_float(cos[text * angle_text + d]), sine[i] = to_float(sin[text * angle_text + d]);
+        }
+    };
+    ask_angles();
     wait_for_previous();
     allow_next();
 
     // Phase 2: a warp norms and rotates a row: queries, then the key, then the value as it is.
-    constexpr int PER_LANE = (D + 31) / 32;
     for (int row = warp; row < GROUP + 2; row += WARPS) {
         const bool is_value = row == GROUP + 1;
         const T* const from = row < GROUP    ? q + text * q_text + (head * GROUP + row) * q_head
                               : is_value ? v + text * v_text + head * v_head
                                          : k + text * k_text + head * k_head;
         const T* const weight = row < GROUP ? q_norm : k_norm;
-        float x[PER_LANE], other[PER_LANE], square = 0.0f;
+        // Everything is asked for before anything is used. Where half of ROTARY is a multiple of 32, the other dimension of a
+        // pair is this lane's as well.
+        float x[PER_LANE], other[PER_LANE], gain[PER_LANE], other_gain[PER_LANE], square = 0.0f;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
-            const int d = lane + 32 * i;
-            x[i] = other[i] = 0.0f;
+            const int d = lane + 32 * i, pair_d = d < ROTARY / 2 ? d + ROTARY / 2 : d - ROTARY / 2;
+            const bool turns = ROTARY > 0 && ROTARY % 64 != 0 && d < ROTARY;
+            x[i] = other[i] = gain[i] = other_gain[i] = 0.0f;
             if (d < D) x[i] = to_float(from[d]);
-            if (ROTARY > 0 && d < ROTARY) other[i] = to_float(from[d < ROTARY / 2 ? d + ROTARY / 2 : d - ROTARY / 2]);
-            square += x[i] * x[i];
+            if (turns) other[i] = to_float(from[pair_d]);
+            if (NORM && d < D) gain[i] = to_float(weight[d]);
+            if (NORM && turns) other_gain[i] = to_float(weight[pair_d]);
         }
-        const float unit = NORM ? rsqrtf(warp_sum(square) * (1.0f / D) + float(eps)) : 1.0f;
+        if constexpr (ROTARY > 0 && ROTARY % 64 == 0) {
+#pragma unroll
+            for (int i = 0; i < ROTARY / 32; ++i) {
+                constexpr int HALF = ROTARY / 64;
+                other[i] = x[i < HALF ? i + HALF : i - HALF], other_gain[i] = gain[i < HALF ? i + HALF : i - HALF];
+            }
+        }
+        float unit = 1.0f;
+        if constexpr (NORM) {
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) square += x[i] * x[i];
+            unit = rsqrtf(warp_sum(square) * (1.0f / D) + float(eps));
+        }
         T* const to = row < GROUP ? queries + row * Q_PITCH : is_value ? new_value : new_key;
+        T* const kept = (is_value ? values : keys) + (pair * slots + slot) * D;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
             const int d = lane + 32 * i;
+            float y = x[i], z = other[i];
+            if constexpr (NORM) y *= unit * gain[i], z *= unit * other_gain[i];
+            y = y * cosine[i] + (d < ROTARY / 2 ? -z : z) * sine[i];
+            const T result = from_float<T>(is_value ? x[i] : y);
             if (d >= D) continue;
-            float y = x[i];
-            if (!is_value) {
-                if constexpr (NORM) y *= unit * to_float(weight[d]);
-                if (ROTARY > 0 && d < ROTARY) {
-                    float z = other[i];
-                    const bool low = d < ROTARY / 2;
-                    if constexpr (NORM) z *= unit * to_float(weight[low ? d + ROTARY / 2 : d - ROTARY / 2]);
-                    const float c = to_float(cos[text * angle_text + d]), s = to_float(sin[text * angle_text + d]);
-                    y = y * c + (low ? -z : z) * s;
-                }
-            }
-            const T kept = from_float<T>(y);
-            to[d] = kept;
-            if (row >= GROUP && rank == 0) (is_value ? values : keys)[(pair * slots + slot) * D + d] = kept;
+            to[d] = result;
+            if (row >= GROUP && rank == 0) kept[d] = result;
         }
     }
     __syncthreads();
@@ -233,12 +254,15 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
     // Phase 3: tile after tile. The scale takes scores to powers of two.
     const float to_power = static_cast<float>(scale * 1.4426950408889634);
     unsigned query_part[NT][K_REGISTERS];
+    auto read_queries = [&] {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
+        for (int n = 0; n < NT; ++n) {
 #pragma unroll
-        for (int r = 0; r < K_REGISTERS; ++r) query_part[n][r] = 0;
-        if (n * 8 + g < GROUP) read_for_k<false>(query_part[n], queries + (n * 8 + g) * Q_PITCH, t);
-    }
+            for (int r = 0; r < K_REGISTERS; ++r) query_part[n][r] = 0;
+            if (n * 8 + g < GROUP) read_for_k<false>(query_part[n], queries + (n * 8 + g) * Q_PITCH, t);
+        }
+    };
+    if constexpr (HOLDS) read_queries();
     float o[NT][STEPS][4], largest[NT][2], total[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -249,6 +273,7 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
     }
     for (; tile < last; tile += WARPS) {
         const int begin = tile * TILE;
+        if constexpr (!HOLDS) read_queries(), __syncwarp();
         if (SINKS > 0 && begin < SINKS) {
             if (begin + g < SINKS) read_for_k<false>(key_part[0], sunk + (begin + g) * Q_PITCH, t);
             if (begin + g + 8 < SINKS) read_for_k<false>(key_part[1], sunk + (begin + g + 8) * Q_PITCH, t);
@@ -308,31 +333,38 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
 
     // Phase 4: the warps that had a tile are merged, in their order.
     const int busy = min(WARPS, last - first);
-    if (warp < busy) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
+    for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int h = n * 8 + 2 * t + i;
-                float all = total[n][i];
+        for (int i = 0; i < 2; ++i) {
+            const int h = n * 8 + 2 * t + i;
+            float all = total[n][i];
 #pragma unroll
-                for (int across = 4; across < 32; across *= 2) all += __shfl_xor_sync(0xffffffffu, all, across);
-                if (h >= GROUP) continue;
-                if (g == 0) stats[(warp * GROUP + h) * 2] = largest[n][i], stats[(warp * GROUP + h) * 2 + 1] = all;
-                float* const to = sums + (warp * GROUP + h) * PITCH;
+            for (int across = 4; across < 32; across *= 2) all += __shfl_xor_sync(0xffffffffu, all, across);
+            if (h >= GROUP) continue;
+            if (g == 0) *reinterpret_cast<float2*>(stats + (warp * GROUP + h) * 2) = float2{largest[n][i], all};
+            if (warp >= busy) continue;
+            float* const to = sums + (warp * GROUP + h) * PITCH;
 #pragma unroll
-                for (int j = 0; j < STEPS; ++j) {
-                    const int d = dimension_for_v(j, g);
-                    if (RAGGED && j == STEPS - 1) to[d] = o[n][j][i];
-                    else *reinterpret_cast<float2*>(to + d) = float2{o[n][j][i], o[n][j][i + 2]};
-                }
+            for (int j = 0; j < STEPS; ++j) {
+                const int d = dimension_for_v(j, g);
+                if (RAGGED && j == STEPS - 1) to[d] = o[n][j][i];
+                else *reinterpret_cast<float2*>(to + d) = float2{o[n][j][i], o[n][j][i + 2]};
             }
-    }
+        }
     __syncthreads();
-    auto of_block = [&](int h, float& most, float& all) {  // the largest score of a head, and the total
-        most = nothing(), all = 0.0f;
-        for (int w = 0; w < busy; ++w) most = fmaxf(most, stats[(w * GROUP + h) * 2]);
-        for (int w = 0; w < busy; ++w) all += stats[(w * GROUP + h) * 2 + 1] * relative(stats[(w * GROUP + h) * 2], most);
+    float less[WARPS];  // what each warp's sums of a head are multiplied by
+    auto of_block = [&](int h, float& most) {  // the total of a head, and its largest score
+        float2 stat[WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) stat[w] = *reinterpret_cast<const float2*>(stats + (w * GROUP + h) * 2);
+        most = nothing();
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) most = fmaxf(most, stat[w].x);
+        float all = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) less[w] = relative(stat[w].x, most), all += stat[w].y * less[w];
+        return all;
     };
     auto store = [&](int quad, const float4& sum, float all) {
         const float value[4] = {__fdividef(sum.x, all), __fdividef(sum.y, all), __fdividef(sum.z, all), __fdividef(sum.w, all)};
@@ -341,21 +373,21 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
     if constexpr (SPLITS > 1) cluster_wait();  // the others' barriers are there
     for (int quad = threadIdx.x; quad < QUADS; quad += THREADS) {
         const int h = quad * 4 / D, d = quad * 4 % D;
-        float most, all;
-        of_block(h, most, all);
+        float most;
+        const float all = of_block(h, most);
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int w = 0; w < busy; ++w) {
-            const float less = relative(stats[(w * GROUP + h) * 2], most);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
             const float4 part = *reinterpret_cast<const float4*>(sums + (w * GROUP + h) * PITCH + d);
-            sum.x += part.x * less, sum.y += part.y * less, sum.z += part.z * less, sum.w += part.w * less;
+            if (w < busy) sum.x += part.x * less[w], sum.y += part.y * less[w], sum.z += part.z * less[w], sum.w += part.w * less[w];
         }
         if constexpr (SPLITS == 1) store(quad, sum, all);
         else send(received + (rank * SHARE + quad % SHARE) * 4, sum.x, sum.y, sum.z, sum.w, arrived, quad / SHARE);
     }
     if constexpr (SPLITS > 1) {
-        for (int i = threadIdx.x; i < GROUP * SPLITS; i += THREADS) {
-            float most, all;
-            of_block(i % GROUP, most, all);
+        for (int i = THREADS - 1 - threadIdx.x; i < GROUP * SPLITS; i += THREADS) {  // threads that had less to do
+            float most;
+            const float all = of_block(i % GROUP, most);
             send(totals + (rank * GROUP + i % GROUP) * 4, most, all, 0.0f, 0.0f, arrived, i / GROUP);
         }
         // Phase 5: each block finishes its share of the result from what all blocks have sent, in their order. Whoever has
