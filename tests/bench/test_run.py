@@ -48,7 +48,8 @@ def test_a_right_result_is_timed(with_peers):
 def test_a_measurement_keeps_the_constants_of_its_kernel(with_peers, monkeypatch):
     with_peers(fake.RIGHT)
     chosen = Candidate("reference", (("TILE_M", 16),), 1.0)
-    monkeypatch.setattr(fake.FakeCase, "choice", lambda self, hardware, variant="auto": Choice(chosen, (chosen,)))
+    forms = Candidate("reference", (("TILE_M", 8),), 2.0), chosen, Candidate("reference", (("TILE_M", 32),), 3.0)
+    monkeypatch.setattr(fake.FakeCase, "choice", lambda self, hardware, variant="auto": Choice(chosen, forms))
     measured, _ = bench(fake.FakeCase())
     assert measured["nybble", "reference"].config == (("TILE_M", 16),)
     assert measured["right", "add"].config == ()

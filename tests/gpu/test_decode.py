@@ -140,8 +140,8 @@ def test_each_fusion_left_out(shape: str, without: tuple[str, ...]) -> None:
 
 @SHAPES
 @pytest.mark.parametrize("batch", [1, 8, 32])
-def test_a_step_is_five_kernels_a_layer(shape: str, batch: int) -> None:
-    """Everything else of a step is there once: twice as many layers have five more kernels a layer."""
+def test_a_step_is_five_or_six_kernels_a_layer(shape: str, batch: int) -> None:
+    """Everything else of a step is there once. GPT-NeoX has both norms of a layer in a kernel of their own."""
     counts = []
     for layers in (2, 4):
         model = bench.random_model(shape, device=CUDA, dtype=torch.float16, layers=layers)
@@ -157,7 +157,8 @@ def test_a_step_is_five_kernels_a_layer(shape: str, batch: int) -> None:
         counts.append(sum(e.count for e in found.key_averages() if "_kernel" in e.key or "elementwise" in e.key))
         attention = [e for e in found.key_averages() if "decode_attention_kernel" in e.key]
         assert sum(e.count for e in attention) == layers
-    assert counts[1] - counts[0] <= 2 * (5 if batch == 1 else 7)  # a norm may be a kernel of its own
+    few = 6 if shape == "pythia-2.8b" else 5
+    assert counts[1] - counts[0] <= 2 * (few if batch == 1 else 7)  # with more rows a norm may be a kernel of its own
 
 
 @FUSED

@@ -372,13 +372,9 @@ def test_a_copy_for_timing_has_its_own_of_what_is_read() -> None:
         torch.testing.assert_close(mine, yours)
 
 
-OTHER_TILE = (W4A16Case(16, 11008, 4096), W4A16Case(16, 4096, 4096, act_order=True))
-"""Their rows of gemm.cu are of a tile that the choice no longer takes."""
-
-
 @pytest.mark.parametrize(
     "case",
-    [case for case in BENCH if case not in OTHER_TILE],
+    BENCH,
     ids=lambda case: f"{case.m}x{case.n}x{case.k}-{options(case)}",
 )
 def test_the_pick_is_within_5_percent_of_the_fastest_row(case: W4A16Case) -> None:

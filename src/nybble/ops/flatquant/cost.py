@@ -28,6 +28,8 @@ WGMMA_US, TURNED_US, WGMMA_KILOBYTE_US = 1.5, 1.7, 0.065
 WGMMA_RATE, ALONE_RATE, TURNED_RATE, MEMORY_RATE = 0.82, 0.71, 0.74, 0.9
 """The part of the fp16 rate that they reach, padding being flops; the second where a multiprocessor has one token at a
 time; and of the memory's bandwidth."""
+CLIP_US = {"mma": 0.21, "wgmma": 0.11}
+"""Rounding and packing a million values for each further clip ratio; where many tokens are in flight loads hide half."""
 FEW_US, FEW_KILOBYTE_US, FEW_ROW_US, FEW_MORE_US = 1.15, 0.04, 0.0055, 0.00035
 """A call of ``few.cu``; each kilobyte that a block reads; with 32 columns a block, each row; and each kilobyte of all
 blocks."""
@@ -221,15 +223,21 @@ def _mma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
         us = ONE_US + KILOBYTE_US * (spec.m**2 + spec.n**2 + spec.m * spec.n) * size / 1024 + maths * twice / 2
     else:
         us = MANY_US + max(memory, maths) * twice
+    us += _clips(spec, "mma")
     reason = f"{config['NW']} columns a warp, {config['WARPS']} warps a token, {config['GROUPS']} tokens a block"
     reason += "" if twice == 1 else ", piece by piece: too large for the registers of a block"
     return Candidate("mma", tuple(config.items()), us, reason)
 
 
+def _clips(spec: Spec, variant: str) -> float:
+    return CLIP_US[variant] * (spec.clips - 1) * spec.tokens * spec.m * spec.n / 1e6
+
+
 def _pipelined(spec: Spec, hardware: Hardware, memory: float, flops: int, rate: float) -> float:
     """us of ``wgmma.cu`` or ``turned.cu`` beyond those of any call, at this part of the fp16 rate."""
     transforms = WGMMA_KILOBYTE_US * (spec.m**2 + spec.n**2) * spec.dtype.itemsize / 1024
-    return transforms + max(memory / MEMORY_RATE, flops / (hardware.half_tflops * rate * 1e6))
+    maths = flops / (hardware.half_tflops * rate * 1e6)
+    return transforms + max(memory / MEMORY_RATE, maths) + _clips(spec, "wgmma")
 
 
 def _wgmma(spec: Spec, hardware: Hardware, memory: float) -> Candidate:
