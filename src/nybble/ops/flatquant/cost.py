@@ -29,7 +29,7 @@ WGMMA_RATE, ALONE_RATE, TURNED_RATE, MEMORY_RATE = 0.82, 0.71, 0.74, 0.9
 """The part of the fp16 rate that they reach, padding being flops; the second where a multiprocessor has one token at a
 time; and of the memory's bandwidth."""
 CLIP_US = {"mma": 0.21, "wgmma": 0.11}
-"""Rounding and packing a million values for each further clip ratio; where many tokens are in flight loads hide half."""
+"""Rounding and packing a million values for each further clip ratio; with many tokens in flight loads hide half."""
 FEW_US, FEW_KILOBYTE_US, FEW_ROW_US, FEW_MORE_US = 1.15, 0.04, 0.0055, 0.00035
 """A call of ``few.cu``; each kilobyte that a block reads; with 32 columns a block, each row; and each kilobyte of all
 blocks."""
