@@ -36,6 +36,7 @@ SUFFIXES = (".svg", ".png")
 COLOURS = {
     "nybble": "#0047ab",
     "nybble-pair": "#6fa8a0",
+    "nybble-w4a16": "#d08a2e",
     "torch": "#7d7d7d",
     "liger": "#d08a2e",
     "quack": "#6fa8a0",
