@@ -99,7 +99,7 @@ sanitize: $(GPU_SETUP)  ## compute-sanitizer over the kernels: memcheck, then ra
 bench: $(GPU_SETUP)  ## time the operations against their peers (ARGS="w4a16 --save" keeps the rows in results/)
 	$(GPU_PY) -m nybble bench run $(ARGS)
 
-plots: $(STAMP)  ## draw the documents' pictures, docs/ops/<op>.svg, from the rows in results/
+plots: $(STAMP)  ## draw the documents' pictures, docs/ops/<op>.svg and docs/decode.svg, from the rows in results/
 	$(NYBBLE) bench plot $(ARGS)
 
 clean:  ## remove .venv, caches and build products

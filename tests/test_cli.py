@@ -519,6 +519,23 @@ def test_bench_plot_draws_the_saved_rows_of_all_that_have_some(results, tmp_path
     assert [file.name for file in path.parent.iterdir()] == ["norm.svg"]
 
 
+def test_bench_plot_draws_whole_models_beside_the_operations_and_in_the_folder_of_the_documents(
+    results, tmp_path, monkeypatch
+):
+    rows = (Path(__file__).resolve().parents[1] / "results" / "h200" / "decode.jsonl").read_bytes()
+    (results / "fake" / "decode.jsonl").write_bytes(rows)
+    arguments = ("bench", "plot", "--results", results, "--gpu", "fake", "--dtype", "auto")
+    facts = run_json(*arguments, "--to", tmp_path / "pictures")
+    assert [Path(one["path"]).name for one in facts["plots"]] == ["norm.svg", "decode.svg"]
+    monkeypatch.chdir(tmp_path)
+    facts = run_json(*arguments)
+    assert [one["path"] for one in facts["plots"]] == ["docs/ops/norm.svg", "docs/decode.svg"]
+    (alone,) = run_json(*arguments[:2], "decode", *arguments[2:])["plots"]
+    assert (alone["op"], alone["path"], alone["dtype"]) == ("decode", "docs/decode.svg", "float16")
+    pictures = [tmp_path / folder / "decode.svg" for folder in ("pictures", "docs")]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
 def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
     with (results / "fake" / "norm.jsonl").open("a") as file:
         file.write('{"us": \n')
@@ -530,7 +547,9 @@ def test_bench_plot_warns_of_damaged_lines(results, tmp_path):
 def test_mistakes_of_bench_plot(results, tmp_path):
     options = ("--results", results, "--to", tmp_path / "pictures")
     assert f"there are {', '.join(OPERATIONS)}" in mistake("bench", "plot", "conv", *options)
-    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith(f"b200: no rows of {', '.join(OPERATIONS)}")
+    assert mistake("bench", "plot", *options, "--gpu", "b200").endswith(
+        f"b200: no rows of {', '.join((*OPERATIONS, 'decode'))}"
+    )
     assert mistake("bench", "plot", "w4a16", *options, "--gpu", "fake").endswith("w4a16.jsonl: no such file or folder")
     assert "--dtype" in mistake("bench", "plot", *options, "--gpu", "fake", "--dtype", "int8")
     line = mistake("bench", "plot", *options, "--gpu", "fake")

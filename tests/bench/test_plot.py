@@ -152,6 +152,138 @@ def test_without_floors_there_are_times_only():
     assert legend(drawing) == ["nybble/cuda"]
 
 
+# --- whole models ------------------------------------------------------------------------------------------------
+
+CELLS = (("eager", False, 20.0), ("graph", False, 5.0), ("eager", True, 8.0), ("graph", True, 2.0))
+
+
+def model_row(batch: int = 1, cell: str = "graph", fused: bool = True, ms: float = 2.0, **changes):
+    given = {
+        "op": "decode",
+        "model": "llama3-8b",
+        "layers": 32,
+        "dtype": "float16",
+        "cell": cell,
+        "fused": fused,
+        "without": [],
+        "batch": batch,
+        "context": 512,
+        "tpot_ms_p50": ms,
+        "roof_ms": 1.0,
+        "processes": 1,
+        "commit": "abc1234",
+        "gpu": "NVIDIA H200",
+        "torch": "2.13.0",
+        "when": "2026-01-02T03:04:05+00:00",
+    }
+    assert list(given) == list(plot.MODEL_KEYS)
+    return {**given, **changes}
+
+
+MODEL_ROWS = [
+    model_row(batch, cell, fused, ms * batch**0.5, model=model, roof_ms=1 + batch / 8)
+    for model in ("llama3-8b", "gpt2-xl")
+    for batch in (1, 8, 32)
+    for cell, fused, ms in CELLS
+]
+EVERY = ["carry", "qkv", "gate_up", "prologue", "epilogue", "attention"]
+WITHOUT = [model_row(without=without, ms=2.5 + i / 8) for i, without in enumerate([[f] for f in EVERY] + [EVERY])]
+
+
+def models(rows=MODEL_ROWS, **options):
+    return plot.figure("decode", plot.shown("decode", rows, **options))
+
+
+def test_the_cells_of_every_model_are_in_the_drawing_with_the_roof():
+    first, second = models().axes
+    labels = ("eager, unfused", "CUDA graph, unfused", "eager, fused", "CUDA graph, fused")
+    expected = {
+        label: [(float(batch), ms * batch**0.5) for batch in (1, 8, 32)]
+        for label, (_, _, ms) in zip(labels, CELLS, strict=True)
+    }
+    assert lines(first) == lines(second) == expected | {"roof": [(1.0, 1.125), (8.0, 2.0), (32.0, 5.0)]}
+    assert legend(models()) == [*labels, "roof"]
+    assert [axes.get_title() for axes in (first, second)] == ["llama3-8b, 32 layers", "gpt2-xl, 32 layers"]
+    assert (first.get_xscale(), first.get_yscale(), first.get_ylabel()) == ("log", "log", "TPOT, ms")
+    low, high = first.get_ylim()
+    assert low < 1.125
+    assert high > 20 * 32**0.5
+    assert [text.get_text() for text in first.texts] == ["11.31"]
+    for word in ("decode on NVIDIA H200", "float16", "context 512", "torch 2.13.0", "commit abc1234"):
+        assert word in words(models())
+
+
+def test_the_four_cells_look_different():
+    look = {(line.get_color(), str(line.get_linestyle())) for line in models().axes[0].get_lines()}
+    assert len(look) == 5
+
+
+def test_a_bar_for_each_fusion_left_out_below_the_models_that_have_them():
+    drawing = models(MODEL_ROWS + WITHOUT[::-1])
+    assert len(drawing.axes) == 3
+    bars = drawing.axes[2]
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["nothing", *EVERY, "all"]
+    times = [2.0, *(2.5 + i / 8 for i in range(len(WITHOUT)))]
+    drawn = sorted((bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in bars.patches)
+    assert drawn == [(pytest.approx(i), ms) for i, ms in enumerate(times)]
+    assert [text.get_text() for text in bars.texts] == [f"{ms:.2f}" for ms in times]
+    assert bars.get_title() == "fused without, batch 1"
+    assert bars.get_xlim()[1] > max(times)
+    bottom, top = bars.get_ylim()
+    assert bottom > top  # nothing left out is the uppermost
+    assert lines(drawing.axes[0]) == lines(models().axes[0])
+    few = models([*MODEL_ROWS, model_row(8, without=["qkv"]), model_row(32, without=["qkv"])]).axes[2]
+    assert few.get_title() == "fused without, batch 8"
+    assert [label.get_text() for label in few.get_yticklabels()] == ["nothing", "qkv"]
+
+
+def test_of_whole_models_the_newest_rows_of_one_process_and_of_all_layers_count():
+    old, new = model_row(ms=9.0), model_row(ms=3.0, when="2026-02-01T00:00:00+00:00")
+    trials = [model_row(ms=0.5, layers=2, when="2027"), model_row(ms=1.5, processes=2, when="2027")]
+    more = [model_row(8), model_row(32)]
+    for rows in ([old, new, *more, *trials], [*trials, new, *more[::-1], old]):
+        assert plot.shown("decode", rows).rows == [new, *more]
+    long = [model_row(batch, context=4096) for batch in (1, 8)]
+    assert plot.shown("decode", MODEL_ROWS + long).rest == {"context": 512}
+    assert plot.shown("decode", MODEL_ROWS + long, shape={"context": 4096}).rows == long
+    assert plot.shown("decode", [*long, *more]).rest == {"context": 4096}
+    mixed = [model_row(dtype="bfloat16"), model_row()]
+    assert plot.shown("decode", mixed).rows == mixed[1:]
+    assert plot.shown("decode", mixed, dtype="bfloat16").rows == mixed[:1]
+
+
+def test_whole_models_without_a_roof_and_with_one_cell():
+    drawing = models([model_row(roof_ms=0.0, gpu="cpu")])
+    assert legend(drawing) == ["CUDA graph, fused"]
+    assert lines(drawing.axes[0]) == {"CUDA graph, fused": [(1.0, 2.0)]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "text"),
+    [
+        ([], {}, "there are no rows of decode to draw"),
+        ([row()], {}, "there are no rows of decode to draw"),
+        ([{"op": "decode", "dtype": "float16"}], {}, "none named model"),
+        (MODEL_ROWS, {"shape": {"context": 1}}, "shape: expected a context that float16 rows of decode"),
+        ([model_row(processes=2)], {}, "shape: expected a context that float16 rows of decode by one process have"),
+    ],
+)
+def test_whole_models_that_cannot_be_drawn_are_refused(tmp_path, rows, options, text):
+    with pytest.raises(ValueError) as error:
+        plot.draw("decode", rows, tmp_path / "decode.svg", **options)
+    assert text in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_models_give_the_same_bytes_whatever_the_order_within_a_model(tmp_path):
+    rows = MODEL_ROWS + WITHOUT
+    plot.draw("decode", rows, tmp_path / "first.svg")
+    plot.draw(
+        "decode", sorted(rows, key=lambda one: (one["model"] == "gpt2-xl", -one["batch"])), tmp_path / "second.svg"
+    )
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
+
+
 # --- which rows --------------------------------------------------------------------------------------------------
 
 
@@ -297,11 +429,12 @@ def saved(op: str):
     return report.read_lines(lines)[0]
 
 
-PICTURES = sorted((ROOT / "docs" / "ops").glob("*.svg"))
+PICTURES = [*sorted((ROOT / "docs" / "ops").glob("*.svg")), *sorted((ROOT / "docs").glob("*.svg"))]
+SAVED = [op for op in (*OPERATIONS, plot.MODELS) if (ROOT / "results" / "h200" / f"{op}.jsonl").exists()]
 
 
-def test_the_norm_page_has_its_picture():
-    assert "norm.svg" in [path.name for path in PICTURES]
+def test_norm_and_whole_models_have_their_pictures():
+    assert {"norm.svg", "decode.svg"} <= {path.name for path in PICTURES}
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
@@ -311,16 +444,20 @@ def test_the_pictures_of_the_documents_are_those_of_the_saved_rows(path):
     assert description(path) == plot.digest(what), "`make plots` draws it anew"
     drawing = plot.figure(path.stem, what)
     expected = {*legend(drawing), *words(drawing).splitlines(), *(axes.get_title() for axes in drawing.axes)} - {""}
+    expected |= {text.get_text() for axes in drawing.axes for text in axes.texts}
     assert expected <= set(texts(path)), "`make plots` draws it anew"
 
 
-@pytest.mark.parametrize("op", [op for op in OPERATIONS if (ROOT / "results" / "h200" / f"{op}.jsonl").exists()])
+@pytest.mark.parametrize("op", SAVED)
 @pytest.mark.parametrize("more", [False, True], ids=["saved", "crowded"])
 def test_no_words_collide_or_leave_the_picture(op, more):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     rows = saved(op)
-    if more:  # as many providers as may ever be installed, and two commits
+    if more and op == plot.MODELS:  # another model that has it all, and two commits
+        one = [row for row in rows if row["model"] == rows[0]["model"]]
+        rows = rows + [{**row, "model": "qwen2.5-coder-14b", "commit": "abc1234+dirty"} for row in one]
+    elif more:  # as many providers as may ever be installed, and two commits
         own = [row for row in rows if row["provider"] == "nybble"]
         names = [
             ("nybble", "other"),
@@ -337,7 +474,7 @@ def test_no_words_collide_or_leave_the_picture(op, more):
     for number, axes in enumerate(drawing.axes):
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *axes.get_xticklabels()):
             if text.get_text() and text.get_visible():
-                boxes[f"{number} {text.get_text()}"] = text.get_window_extent()
+                boxes[f"{number} {text.get_text()} at {text.get_position()}"] = text.get_window_extent()
     for name, box in boxes.items():
         assert drawing.bbox.x0 <= box.x0, name
         assert box.x1 <= drawing.bbox.x1, name

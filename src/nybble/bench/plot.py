@@ -1,4 +1,5 @@
-"""Pictures of result rows: time against size, and the fraction of the roof each provider reaches.
+"""Pictures of result rows: time against size, and the fraction of the roof each provider reaches; of whole models,
+time per token against batch.
 
 The same rows give the same bytes, and an SVG says in its description which rows it shows (:func:`digest`), so a test
 can tell whether a committed picture is that of the committed rows.
@@ -11,7 +12,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,15 @@ AXIS = {
 }  # fmt: skip
 """The dimension an operation is drawn against; for one that is not here, the first of its shape."""
 
+MODELS = "decode"
+"""What rows of whole models, those of ``nybble bench decode``, have as their operation."""
+
+MODEL_KEYS = (
+    "op", "model", "layers", "dtype", "cell", "fused", "without", "batch", "context", "tpot_ms_p50", "roof_ms",
+    "processes", "commit", "gpu", "torch", "when",
+)  # fmt: skip
+"""The keys a row of a whole model must have to be drawn."""
+
 SUFFIXES = (".svg", ".png")
 
 # Nybble's own is the one strong colour. All differ in lightness as well as in hue.
@@ -47,6 +57,14 @@ COLOURS = {
 SPARE_COLOURS = ("#8a9a5b", "#c7a76c", "#9a86b8", "#b0b0b0")
 # The variants of one provider share its colour and differ in marker and line, by their place in the alphabet.
 VARIANTS = (("o", "-", True), ("s", (0, (4, 1.5)), False), ("^", (0, (1, 1)), False), ("D", (0, (5, 1, 1, 1)), False))
+# Of a whole model: a colour for what runs, a line for how it is called.
+CELLS: dict[tuple[str, bool], tuple[str, str, int]] = {
+    ("eager", False): ("eager, unfused", COLOURS["torch"], 1),
+    ("graph", False): ("CUDA graph, unfused", COLOURS["torch"], 0),
+    ("eager", True): ("eager, fused", COLOURS["nybble"], 1),
+    ("graph", True): ("CUDA graph, fused", COLOURS["nybble"], 0),
+}
+LEFT_OUT_COLOUR = "#9db7dd"
 FLOOR = {"color": "black", "linewidth": 0.9, "linestyle": (0, (6, 3)), "zorder": 1.5}
 
 RC: dict[Any, Any] = {
@@ -79,6 +97,8 @@ RC: dict[Any, Any] = {
 LEFT, RIGHT, BOTTOM, GAP = 0.7, 0.12, 0.5, 0.18
 PANEL_WIDTH, PANELS_WIDTH, HEIGHTS = 2.12, 5.6, (2.0, 1.5, 1.5)
 TITLE, LINE, OVER_PANELS, LEGEND_ENTRY = 0.34, 0.17, 0.4, 1.35
+# Of whole models: names of fusions stand at the left, and two titles and two axes between the panels.
+MODELS_LEFT, MODELS_HEIGHT, MODELS_GAP, BAR = 0.95, 2.4, 0.85, 0.19
 
 
 Value = Callable[[dict[str, Any]], float | None]
@@ -92,7 +112,8 @@ class Shown(NamedTuple):
         x: the dimension along the x-axis.
         dtype: of every row.
         rest: the other dimensions, and the options of the case: the same in every row.
-        rows: the newest of each function, provider, variant and x, in a fixed order.
+        rows: the newest of each function, provider, variant and x, in a fixed order; of whole models, the newest of
+            each model, cell, set of fusions left out, and batch.
     """
 
     x: str
@@ -107,7 +128,7 @@ def shown(
     """The rows a picture shows.
 
     Args:
-        op: the operation.
+        op: the operation, or :data:`MODELS`.
         rows: result rows; those of other operations don't count.
         dtype: ``None`` takes float16, or where no row has it, the first there is.
         shape: dimensions to keep to; ``None`` takes those measured at the most places along the x-axis, of equals the
@@ -119,14 +140,17 @@ def shown(
     own = [row for row in rows if row.get("op") == op]
     if not own:
         raise ValueError(f"plot: there are no rows of {op} to draw")
+    keys = MODEL_KEYS if op == MODELS else KEYS
     for row in own:
-        if missing := [key for key in KEYS if key not in row]:
-            raise wrong_value("plot", f"a row of {op}", f"the keys {', '.join(KEYS)}", f"none named {missing[0]}")
+        if missing := [key for key in keys if key not in row]:
+            raise wrong_value("plot", f"a row of {op}", f"the keys {', '.join(keys)}", f"none named {missing[0]}")
     dtypes = list(dict.fromkeys(row["dtype"] for row in own))
     if dtype is None:
         dtype = "float16" if "float16" in dtypes else dtypes[0]
     if dtype not in dtypes:
         raise wrong_value("plot", "dtype", f"one the rows of {op} have, {', '.join(dtypes)}", dtype)
+    if op == MODELS:
+        return _shown_models([row for row in own if row["dtype"] == dtype], shape or {})
     x = AXIS.get(op) or next(iter(own[0]["shape"]))
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in own:
@@ -149,6 +173,32 @@ def shown(
     functions = list(dict.fromkeys(place[0] for place in newest))
     order = sorted(newest, key=lambda place: (functions.index(place[0]), place[1] != "nybble", *place[1:]))
     return Shown(x, group[0]["dtype"], _rest(group[0], x), [newest[place] for place in order])
+
+
+def _shown_models(rows: Sequence[dict[str, Any]], shape: dict[str, int]) -> Shown:
+    """Of rows of one dtype those of one process, at the context measured in the most cells. A model with fewer layers
+    than it has elsewhere is a trial."""
+    from nybble.models.decoder import FUSIONS
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    layers = {name: max(row["layers"] for row in rows if row["model"] == name) for name in models}
+    groups: dict[int, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for row in rows:
+        rest = {"context": row["context"]}
+        if row["processes"] != 1 or row["layers"] != layers[row["model"]] or {**rest, **shape} != rest:
+            continue
+        # What is left out, in the order of FUSIONS whatever that of the row.
+        without = sorted((FUSIONS.index(one) if one in FUSIONS else len(FUSIONS), one) for one in row["without"])
+        place = (models.index(row["model"]), len(without), *without, row["cell"], row["fused"], row["batch"])
+        newest = groups.setdefault(row["context"], {})
+        if place not in newest or row["when"] >= newest[place]["when"]:
+            newest[place] = row
+    if not groups:
+        dtype = rows[0]["dtype"]
+        raise wrong_value("plot", "shape", f"a context that {dtype} rows of {MODELS} by one process have", shape)
+    context = max(groups, key=lambda context: (len(groups[context]), context))
+    newest = groups[context]
+    return Shown("batch", rows[0]["dtype"], {"context": context}, [newest[place] for place in sorted(newest)])
 
 
 def _rest(row: dict[str, Any], x: str) -> dict[str, Any]:
@@ -218,8 +268,12 @@ def _style() -> Iterator[None]:
 
 def figure(op: str, what: Shown) -> Figure:
     """A column of panels for each function. Above: time and, dashed, the floor. Below: the fraction of the roof, which
-    is floor over time; left out where no row has a floor, as on a CPU. Last, for products, TFLOP/s."""
+    is floor over time; left out where no row has a floor, as on a CPU. Last, for products, TFLOP/s. For whole models:
+    :func:`_models`."""
     from matplotlib.figure import Figure
+
+    if op == MODELS:
+        return _models(what)
 
     with _style():
         functions = list(dict.fromkeys(row["function"] for row in what.rows))
@@ -230,12 +284,9 @@ def figure(op: str, what: Shown) -> Figure:
         heights = HEIGHTS[: len(values)]
 
         styles = _styles(what.rows)
-        about = textwrap.wrap(_about(what), int((width - LEFT - RIGHT) * 72 / 5.1), break_long_words=False)
-        entry = max(LEGEND_ENTRY, 0.6 + max(len(style.label) for style in styles.values()) * 5.1 / 72)
-        columns = max(1, int((width - LEFT - RIGHT) / entry))
-        legend_lines = -(-(len(styles) + roof) // columns)
-        header = TITLE + LINE * (len(about) + legend_lines) + OVER_PANELS
-        height = header + sum(heights) + GAP * (len(heights) - 1) + BOTTOM
+        labels = [*(style.label for style in styles.values()), *(["floor"] if roof else [])]
+        header = _header(op, what, labels, width, LEFT)
+        height = header.height + sum(heights) + GAP * (len(heights) - 1) + BOTTOM
 
         drawing = Figure(figsize=(width, height))
         panels = drawing.subplots(
@@ -245,17 +296,10 @@ def figure(op: str, what: Shown) -> Figure:
             left=LEFT / width,
             right=1 - RIGHT / width,
             bottom=BOTTOM / height,
-            top=1 - header / height,
+            top=1 - header.height / height,
             wspace=GAP / panel,
             hspace=GAP / (sum(heights) / len(heights)),
         )
-
-        def top(inches: float) -> tuple[float, float]:
-            return LEFT / width, 1 - inches / height
-
-        gpus = _listed({row["gpu"] for row in what.rows})
-        drawing.text(*top(0.12), f"{op} on {gpus}", va="top", fontsize=11, fontweight="bold")
-        drawing.text(*top(TITLE), "\n".join(about), va="top", color="#444444", linespacing=1.25)
 
         for column, function in enumerate(functions):
             own = [row for row in what.rows if row["function"] == function]
@@ -274,22 +318,54 @@ def figure(op: str, what: Shown) -> Figure:
         if _tflops in values:
             panels[-1, 0].set_ylim(0, 1.12 * max(_tflops(row) or 0 for row in what.rows))
 
-        handles = {
-            label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        names = [name for name in (*(style.label for style in styles.values()), "floor") if name in handles]
-        drawing.legend(
-            [handles[name] for name in names],
-            names,
-            loc="upper left",
-            bbox_to_anchor=top(TITLE + LINE * len(about) + 0.05),
-            ncols=min(columns, len(names)),
-            borderpad=0,
-            borderaxespad=0,
-            handlelength=2.6,
-            columnspacing=1.4,
-        )
+        _write(drawing, header, panels[0])
     return drawing
+
+
+class Header(NamedTuple):
+    """What stands over the panels: a title, lines about the rows, the legend. Inches."""
+
+    title: str
+    about: list[str]
+    labels: list[str]
+    columns: int
+    left: float
+    height: float
+
+
+def _header(op: str, what: Shown, labels: list[str], width: float, left: float) -> Header:
+    room = width - left - RIGHT
+    about = textwrap.wrap(_about(what), int(room * 72 / 5.1), break_long_words=False)
+    entry = max(LEGEND_ENTRY, 0.6 + max(map(len, labels)) * 5.1 / 72)
+    columns = max(1, int(room / entry))
+    height = TITLE + LINE * (len(about) - (-len(labels) // columns)) + OVER_PANELS
+    return Header(f"{op} on {_listed({row['gpu'] for row in what.rows})}", about, labels, columns, left, height)
+
+
+def _write(drawing: Figure, header: Header, panels: Iterable[Axes]) -> None:
+    """The header's words, and the legend of the lines in these panels."""
+    width, height = drawing.get_size_inches()
+
+    def top(inches: float) -> tuple[float, float]:
+        return header.left / width, 1 - inches / height
+
+    drawing.text(*top(0.12), header.title, va="top", fontsize=11, fontweight="bold")
+    drawing.text(*top(TITLE), "\n".join(header.about), va="top", color="#444444", linespacing=1.25)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = [name for name in header.labels if name in handles]
+    drawing.legend(
+        [handles[name] for name in names],
+        names,
+        loc="upper left",
+        bbox_to_anchor=top(TITLE + LINE * len(header.about) + 0.05),
+        ncols=min(header.columns, len(names)),
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=2.6,
+        columnspacing=1.4,
+    )
 
 
 class Style(NamedTuple):
@@ -378,17 +454,136 @@ def _fill(
         axes.axhline(100, **FLOOR)
     if ends and value_of is _percent:
         at, value = max(ends)
-        axes.annotate(
-            f"{value:.0f} %",
-            (at, value),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=COLOURS["nybble"],
-            fontweight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            zorder=4,
+        _number(axes, f"{value:.0f} %", (at, value), color=COLOURS["nybble"], fontweight="bold")
+
+
+def _models(what: Shown) -> Figure:
+    """A column of panels for each model. Above: time per token against batch in the four cells and, dashed, the roof.
+    Below, where there are rows of it: the same from a CUDA graph at the smallest batch, each fusion left out in turn.
+    """
+    from matplotlib.figure import Figure
+
+    with _style():
+        models = list(dict.fromkeys(row["model"] for row in what.rows))
+        columns = {name: [row for row in what.rows if row["model"] == name] for name in models}
+        bars = {name: _left_out(rows) for name, rows in columns.items()}
+        names = list(dict.fromkeys(text for some in bars.values() for text in some))
+        names = [text for text in names if text != "all"] + (["all"] if "all" in names else [])
+        panel = max(PANEL_WIDTH, (PANELS_WIDTH + GAP) / len(models) - GAP)
+        width = MODELS_LEFT + len(models) * panel + (len(models) - 1) * GAP + RIGHT
+        roof = any(row["roof_ms"] for row in what.rows)
+        labels = [label for label, *_ in CELLS.values()] + (["roof"] if roof else [])
+        header = _header(MODELS, what, labels, width, MODELS_LEFT)
+        heights = [MODELS_HEIGHT, *([BAR * (len(names) + 0.5)] if names else [])]
+        height = header.height + sum(heights) + MODELS_GAP * (len(heights) - 1) + BOTTOM
+
+        drawing = Figure(figsize=(width, height))
+        panels = drawing.subplots(
+            len(heights), len(models), sharex="row", sharey="row", squeeze=False, height_ratios=heights
         )
+        drawing.subplots_adjust(
+            left=MODELS_LEFT / width,
+            right=1 - RIGHT / width,
+            bottom=BOTTOM / height,
+            top=1 - header.height / height,
+            wspace=GAP / panel,
+            hspace=MODELS_GAP / (sum(heights) / len(heights)),
+        )
+        for axes, (name, rows) in zip(panels[0], columns.items(), strict=True):
+            axes.set_title(f"{name}, {rows[0]['layers']} layers")
+            axes.set_xlabel(what.x)
+            _fill_model(axes, rows)
+            axes.tick_params(length=0, labelleft=axes is panels[0, 0])
+        panels[0, 0].set_ylabel("TPOT, ms")
+        panels[0, 0].yaxis.set_label_coords(-0.52 / panel, 0.5)
+        times = [row["tpot_ms_p50"] for row in what.rows if not row["without"]]
+        _scale_times(panels[0, 0], times + [row["roof_ms"] for row in what.rows if row["roof_ms"]])
+        _scale_x(panels[0, 0], [row["batch"] for row in what.rows], panel)
+
+        if names:
+            first = next(axes for axes, some in zip(panels[1], bars.values(), strict=True) if some)
+            for axes, name in zip(panels[1], models, strict=True):
+                if not bars[name]:
+                    axes.remove()
+                    continue
+                batch = next(iter(bars[name].values()))["batch"]
+                axes.set_title(f"fused without, batch {batch}")
+                axes.set_xlabel("TPOT, ms")
+                _fill_left_out(axes, bars[name], names)
+                axes.tick_params(length=0, labelleft=axes is first)
+                axes.grid(visible=False, axis="y")
+            first.set_yticks(range(len(names)), names)
+            first.set_ylim(len(names) - 0.25, -0.75)
+            _scale_bars(first, max(row["tpot_ms_p50"] for some in bars.values() for row in some.values()))
+        _write(drawing, header, panels[0])
+    return drawing
+
+
+def _left_out(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is left out -> its row, of a model's rows from a graph at the smallest batch that has any; ``nothing`` is
+    the fused model itself, ``all`` stands for several."""
+    fused = [row for row in rows if row["fused"] and row["cell"] == "graph"]
+    batch = min((row["batch"] for row in fused if row["without"]), default=None)
+    some = [row for row in fused if row["batch"] == batch]
+    return {"nothing" if not row["without"] else _fusions(row["without"]): row for row in some}
+
+
+def _fusions(without: Sequence[str]) -> str:
+    from nybble.models.decoder import FUSIONS
+
+    return "all" if set(without) >= set(FUSIONS) else ", ".join(without)
+
+
+def _fill_model(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """The lines of one model, and at the end of the fastest cell its milliseconds."""
+    for (cell, fused), (label, colour, variant) in CELLS.items():
+        own = [row for row in rows if (row["cell"], row["fused"]) == (cell, fused) and not row["without"]]
+        points = [(row["batch"], row["tpot_ms_p50"]) for row in own]
+        if not points:
+            continue
+        marker, line, filled = VARIANTS[variant]
+        axes.plot(
+            *zip(*points, strict=True),
+            label=label,
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            markerfacecolor=colour if filled else "white",
+            linewidth=2.6 if (cell, fused) == ("graph", True) else 1.4,
+            zorder=2,
+        )
+        if (cell, fused) == ("graph", True):
+            at, value = points[-1]
+            _number(axes, f"{value:.2f}", (at, value), color=colour, fontweight="bold")
+    roofs = sorted({row["batch"]: row["roof_ms"] for row in rows if row["roof_ms"] and not row["without"]}.items())
+    if roofs:
+        axes.plot(*zip(*roofs, strict=True), label="roof", marker="_" if len(roofs) == 1 else "", **FLOOR)
+
+
+def _fill_left_out(axes: Axes, bars: dict[str, dict[str, Any]], names: Sequence[str]) -> None:
+    """A bar for each of ``names`` that there is a row of, its milliseconds at its end, and the roof."""
+    for text, row in bars.items():
+        at, value, whole = names.index(text), row["tpot_ms_p50"], text == "nothing"
+        axes.barh(at, value, height=0.66, color=COLOURS["nybble"] if whole else LEFT_OUT_COLOUR, zorder=2)
+        emphasis = {"color": COLOURS["nybble"], "fontweight": "bold"} if whole else {}
+        _number(axes, f"{value:.2f}", (value, at), **emphasis)
+    roof = next(iter(bars.values()))["roof_ms"]
+    if roof:
+        axes.axvline(roof, **{**FLOOR, "zorder": 3})
+
+
+def _number(axes: Axes, text: str, at: tuple[float, float], **look: Any) -> None:
+    """At the right of a point, on white."""
+    axes.annotate(
+        text,
+        at,
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        zorder=4,
+        **look,
+    )
 
 
 def _scale_x(axes: Axes, values: Sequence[int], panel: float) -> None:
@@ -415,6 +610,15 @@ def _scale_times(axes: Axes, values: Sequence[float]) -> None:
         [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high],
         "{:g}",
     )
+
+
+def _scale_bars(axes: Axes, largest: float) -> None:
+    """From zero, with room for a number at the end of the longest, and at most five steps of 1, 2 or 5."""
+    high = 1.25 * largest
+    power = 10.0 ** math.floor(math.log10(high))
+    step = next(size * power for size in (0.2, 0.5, 1, 2) if high / (size * power) < 6)
+    axes.set_xlim(0, high)
+    _tick(axes.xaxis, [i * step for i in range(math.floor(high / step) + 1)], "{:g}")
 
 
 def _scale_roof(axes: Axes, largest: float) -> None:

@@ -50,14 +50,18 @@ OPS = typer.Argument(None, metavar="[OP]...", help="Operations; all when left ou
 OPS_OR_SHAPE = typer.Argument(
     None, metavar="[OP]... | w4a16 M [N [K]]", help="Operations, all when left out; or one product: N and K are 1024."
 )
-OPS_WITH_ROWS = typer.Argument(None, metavar="[OP]...", help="Operations; when left out, all that have rows.")
+OPS_WITH_ROWS = typer.Argument(
+    None, metavar="[OP]...", help="Operations, or decode for whole models; when left out, all that have rows."
+)
 RESULTS = typer.Option("results", help="Where rows are kept.")
 PLOT_TO = typer.Option(None, "--plot-to", help="The same into this .svg or .png; needs a single OP.")
 CHECK = typer.Option(
     None, "--check", help="accuracy: results beside float64, nothing timed; performance: the tables; all: both."
 )
 MODEL = typer.Option(None, "--model", help="A folder or .gguf file.")
-PICTURES = typer.Option("docs/ops", help="The folder the pictures go to, each as <op>.svg.")
+PICTURES = typer.Option(
+    None, "--to", help="The folder the pictures go to, each as <op>.svg; docs/ops and, for decode, docs when left out."
+)
 
 
 def cases_module(op: str) -> Any:
@@ -514,25 +518,26 @@ def plot_saved(
     dtype: str = typer.Option(
         "float16", "--dtype", help="float16, bfloat16 or float32; auto: float16 if there is any."
     ),
-    to: Path = PICTURES,
+    to: Path | None = PICTURES,
     json: bool = JSON,
 ) -> None:
     """Draw the saved rows: time against size, and the fraction of the roof, of every provider.
 
-    One picture an operation, of the shape measured at the most sizes; the newest row of each case counts. The same
-    rows give the same file.
+    One picture an operation, of the shape measured at the most sizes, and one of all whole models, time per token
+    against batch; the newest row of each case counts. The same rows give the same file.
     """
     from nybble.bench import plot, report
     from nybble.ops import OPERATIONS
 
     for op in ops or []:
-        cases_module(op)
+        if op != plot.MODELS:
+            cases_module(op)
     folder = results / gpu
-    files = {op: folder / f"{op}.jsonl" for op in dict.fromkeys(ops or OPERATIONS)}
+    files = {op: folder / f"{op}.jsonl" for op in dict.fromkeys(ops or (*OPERATIONS, plot.MODELS))}
     if not ops:
         files = {op: file for op, file in files.items() if file.exists()}
     if not files:
-        raise fail(f"{folder}: no rows of {', '.join(OPERATIONS)}")
+        raise fail(f"{folder}: no rows of {', '.join((*OPERATIONS, plot.MODELS))}")
     wanted = dtype_of(dtype)
     name = None if wanted is None else str(wanted).removeprefix("torch.")
     err, drawn = stderr(), []
@@ -540,7 +545,7 @@ def plot_saved(
         rows, damaged = report.read_lines(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
         if damaged:
             err.print(f"{file}: {damaged} damaged lines, left out", style="yellow", soft_wrap=True)
-        path = to / f"{op}.svg"
+        path = (to or Path("docs") / ("" if op == plot.MODELS else "ops")) / f"{op}.svg"
         shown = plot.draw(op, rows, path, dtype=name)
         drawn.append({"op": op, "path": str(path), "dtype": shown.dtype, "rest": shown.rest, "rows": len(shown.rows)})
         if not json:
