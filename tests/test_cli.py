@@ -335,19 +335,23 @@ def test_bench_run_prints_a_table_and_what_is_missing():
 
 
 def test_bench_run_checks_accuracy_alone(monkeypatch):
+    from nybble.ops.w4a4.cases import SMALL
+
     monkeypatch.setattr("nybble.bench.run.time_calls", lambda *_, **__: pytest.fail("timed"))
     out = run("bench", "run", "flatquant", "--device", "cpu", "--check", "accuracy", "--detailed").stdout
     assert out.count("within tolerance") == 3
     assert out.count("int32 0.002 MB") == 3
     data = run_json("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy")
-    assert [one["wrong"] for one in data["accuracy"]] == ["", ""]
+    assert [one["wrong"] for one in data["accuracy"]] == [""] * len(SMALL)
     assert data["rows"] == []
     assert "nothing is timed" in mistake("bench", "run", "w4a4", "--device", "cpu", "--check", "accuracy", "--save")
 
 
 def test_bench_run_checks_accuracy_and_times():
+    from nybble.ops.w4a4.cases import SMALL
+
     data = run_json("bench", "run", "w4a4", "--device", "cpu", "--check", "all", "--quick", "--no-peers")
-    assert len(data["accuracy"]) == len(data["rows"]) == 2
+    assert len(data["accuracy"]) == len(data["rows"]) == len(SMALL)
 
 
 def test_an_inaccurate_result_is_said_and_exits_1(monkeypatch):
