@@ -62,7 +62,7 @@ demo: $(STAMP)  ## write text with the demo model, then its perplexity, fused an
 	$(NYBBLE) ppl
 
 test: $(STAMP)  ## all tests that need no GPU
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 docs: $(STAMP)  ## only: every path, name, command and link in the documents exists
 	$(PY) -m pytest tests/test_docs.py tests/test_import.py $(ARGS)
