@@ -1,6 +1,19 @@
-// int4 of a row: its scale from its largest magnitude, and its values as bytes or as words of eight.
+// int4 of a row: its scale from its largest magnitude, and its values as bytes or as words of eight. Before that, fp16 in its range.
 #pragma once
+#include "reduce.cuh"
 #include "scalar.cuh"
+
+// Whether a warp's values, rounded to fp16, neither pass 65504 nor are all below 2^-8; `largest`: the larger magnitudes, two a lane.
+// If not, they are to be multiplied by `factor` and rounded again, twice at the most; `back` undoes all factors.
+__device__ __forceinline__ bool in_range(unsigned largest, int attempt, float& back, float& factor) {
+    const unsigned low = largest & 0x7fffu, high = largest >> 16 & 0x7fffu;
+    const unsigned most = low > high ? low : high;  // of fp16 bits: infinities and NaN are 0x7c00 and more
+    const bool over = warp_any(most >= 0x7c00u), under = !warp_any(most >= 0x1c00u);
+    if (attempt == 2 || (attempt == 0 ? !over && !under : back > 1.0f ? !over : !under)) return true;
+    factor = over ? 1.0f / 65536.0f : 65536.0f;
+    back *= over ? 65536.0f : 1.0f / 65536.0f;
+    return false;
+}
 
 // Of one row and clip ratio. OFFSET8: values are q + 8, else q; CLAMP: a quotient can pass -8 or 7.
 template <bool OFFSET8, bool CLAMP> struct Quantiser {

@@ -238,12 +238,8 @@ mma_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restr
                         pin(never);
                         if (!warp_any(never != 0)) break;
                     }
-                    const unsigned low = largest & 0x7fffu, high = largest >> 16 & 0x7fffu;
-                    const unsigned most = low > high ? low : high;  // of fp16 bits: infinities and NaN are 0x7c00 and more
-                    const bool over = warp_any(most >= 0x7c00u), under = !warp_any(most >= 0x1c00u);
-                    if (attempt == 2 || (attempt == 0 ? !over && !under : back > 1.0f ? !over : !under)) break;
-                    const float factor = over ? 1.0f / 65536.0f : 65536.0f;
-                    back *= over ? 65536.0f : 1.0f / 65536.0f;
+                    float factor;
+                    if (in_range(largest, attempt, back, factor)) break;
 #pragma unroll
                     for (int s = 0; s < PAIRS; ++s)
 #pragma unroll

@@ -171,12 +171,8 @@ wgmma_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __res
                 if constexpr (same<X, half_t>) largest = larger_magnitude(largest, u[i / 4][i % 4]);
             }
             if constexpr (!same<X, half_t>) break;
-            const unsigned low = largest & 0x7fffu, high = largest >> 16 & 0x7fffu;
-            const unsigned most = low > high ? low : high;  // of fp16 bits: infinities and NaN are 0x7c00 and more
-            const bool over = warp_any(most >= 0x7c00u), under = !warp_any(most >= 0x1c00u);
-            if (attempt == 2 || (attempt == 0 ? !over && !under : back > 1.0f ? !over : !under)) break;
-            const float factor = over ? 1.0f / 65536.0f : 65536.0f;
-            back *= over ? 65536.0f : 1.0f / 65536.0f;
+            float factor;
+            if (in_range(largest, attempt, back, factor)) break;
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) d[i] *= factor;
         }
