@@ -70,6 +70,9 @@ PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
 
+DIGIT_FORMS = ((1, 2, 2, 8, 2, 3), (1, 2, 2, 4, 2, 2), (1, 2, 4, 4, 2, 1), (2, 2, 2, 4, 2, 2), (2, 2, 2, 3, 2, 1), (2, 2, 4, 3, 2, 1))
+"""TEAMS, SLICES, CLUSTER, AHEAD, BUFFERS, BLOCKS of digits.cu, the first that fits is taken."""
+
 ONLY_NIBBLES = "for 4-bit weights; wgmma.cu and gemm.cu have those of 8"
 
 
@@ -241,6 +244,46 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
                 "BLOCKS": 3 if (tile, teams, slices, cluster, buffers) == (8, 1, 2, 2, 2) else 1, "SHARED": shared,
             }  # fmt: skip
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
+
+
+def digits_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
+    """The constants of ``digits.cu`` for a request, or why it can't run it."""
+    if hardware.capability != (9, 0):
+        return "needs the wgmma of compute capability 9.0"
+    if spec.bits != 4:
+        return "for 4-bit weights"
+    if spec.m > 4:
+        return "for at most 4 rows"
+    if spec.group_size not in (32, 64) and spec.group_size % 128 and spec.group_size < spec.k:
+        return f"group_size {spec.group_size} is neither 32, 64 nor a multiple of 128"
+    pairs = spec.activation == "silu_mul"
+    if pairs and spec.n % 128:
+        return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
+    for form in DIGIT_FORMS:
+        if (form[0] % 2 == 0) != pairs:
+            continue
+        config = digits_form(spec, form)
+        if config["SHARED"] * config["BLOCKS"] <= hardware.shared_bytes + 1024 - 1024 * config["BLOCKS"]:
+            return config
+    return f"{spec.m} rows of {spec.k} features do not fit in shared memory"
+
+
+def digits_form(spec: Spec, form: tuple[int, int, int, int, int, int]) -> dict[str, int]:
+    """The constants of ``digits.cu`` in one of its forms."""
+    teams, slices, cluster, ahead, buffers, blocks = form
+    parts = 128 // spec.group_size if spec.group_size < min(128, spec.k) else 1
+    units, warps = math.ceil(math.ceil(spec.k / 64) / (2 * cluster)), 4 * teams * slices
+    ahead = min(ahead, max(2, math.ceil(units / slices)))
+    x = math.ceil((units * 8 * (64 * spec.m + 16) + 128) / 16) * 16
+    stage = teams * slices * _unit_bytes(spec, parts)
+    counts = math.ceil(units * spec.m / 4) * 4 + units * parts * max(8, 4 * spec.m)
+    sums = buffers * slices * 4 * teams * spec.m * 16 + 4 * spec.m * warps * bool(spec.norm)
+    whole = math.ceil(spec.m * spec.k * 2 / 16) * 16 * spec.perm
+    shared = math.ceil((x + ahead * stage) / 16) * 16 + 4 * (counts + sums) + whole + (2 * ahead + 2 * buffers) * 8
+    return {
+        "ROWS": spec.m, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead, "BUFFERS": buffers,
+        "BLOCKS": blocks, "SHARED": shared,
+    }  # fmt: skip
 
 
 def _both(a: float, b: float) -> float:
