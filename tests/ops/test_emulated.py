@@ -169,22 +169,23 @@ def test_stream(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
     few("stream", case, workers, changed)
 
 
-# One to four rows by integers.
+# One row by integers.
 DIGITS: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(1, 128, 1024), 2, {}),
     (W4A16Case(1, 72, 200, 32), 2, {}),  # a chunk that is not full, a strip past the end
-    (W4A16Case(3, 136, 328, 32, symmetric=False, act_order=True, bias=True), 3, {}),
-    (W4A16Case(4, 128, 320, 64, bias=True, norm="layernorm"), 2, {}),
-    (W4A16Case(2, 64, 192, 64, norm="layernorm"), 1, {}),  # blocks of the cluster with nothing to do
+    (W4A16Case(1, 136, 328, 32, symmetric=False, act_order=True, bias=True), 3, {}),
+    (W4A16Case(1, 128, 320, 64, bias=True, norm="layernorm"), 2, {"PER": 2}),
+    (W4A16Case(1, 64, 192, 64, norm="layernorm"), 1, {}),  # blocks of the cluster with nothing to do
     (W4A16Case(1, 128, 256, bias=True, activation="gelu", residual=True), 2, {}),
-    (W4A16Case(2, 128, 256, dtype=BRAIN, bias=True, activation="gelu_tanh", residual=True), 2, {"BUFFERS": 1}),
-    (W4A16Case(3, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 3, {}),
+    (W4A16Case(1, 192, 256, dtype=BRAIN, bias=True, activation="gelu_tanh", residual=True), 1, {"BUFFERS": 1}),
+    (W4A16Case(1, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 3, {}),
     (W4A16Case(1, 128, 256, symmetric=False, scale_dtype=FLOAT), 4, {}),
-    (W4A16Case(1, 320, 1096, 128, BRAIN, symmetric=False, bias=True), 1, {"TEAMS": 2, "SLICES": 2}),
+    (W4A16Case(1, 320, 1096, 128, BRAIN, symmetric=False, bias=True), 1, {"TEAMS": 2, "PER": 2, "AHEAD": 2}),
     (W4A16Case(1, 320, 1096, 256), 1, {"SLICES": 3, "AHEAD": 2, "BUFFERS": 1}),
-    (W4A16Case(1, 128, 840, -1, norm="rmsnorm"), 1, {"CLUSTER": 4}),
+    (W4A16Case(1, 128, 840, -1, norm="rmsnorm"), 1, {"CLUSTER": 4, "PER": 2, "AHEAD": 2}),
     (W4A16Case(1, 128, 4104, act_order=True, norm="layernorm"), 2, {}),  # three pieces a thread
-    (W4A16Case(2, 256, 1096, 64, symmetric=False, act_order=True, norm="rmsnorm", activation="silu_mul"), 1, {}),
+    (W4A16Case(1, 128, 9224, 32), 2, {"PER": 2, "SLICES": 1, "AHEAD": 3}),
+    (W4A16Case(1, 256, 1096, 64, symmetric=False, act_order=True, norm="rmsnorm", activation="silu_mul"), 1, {"TEAMS": 4}),
 ]
 
 

@@ -70,8 +70,8 @@ PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
 
-DIGIT_FORMS = ((1, 2, 2, 8, 2, 3), (1, 2, 2, 4, 2, 2), (1, 2, 4, 4, 2, 1), (2, 2, 2, 4, 2, 2), (2, 2, 2, 3, 2, 1), (2, 2, 4, 3, 2, 1))
-"""TEAMS, SLICES, CLUSTER, AHEAD, BUFFERS, BLOCKS of digits.cu, the first that fits is taken."""
+DIGIT_FORMS = ((1, 2, 1, 2, 5, 3), (1, 2, 1, 2, 3, 1), (1, 2, 1, 4, 3, 1), (2, 2, 1, 2, 4, 2), (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1))
+"""TEAMS, SLICES, PER, CLUSTER, AHEAD, BLOCKS of digits.cu, the first that fits is taken."""
 
 ONLY_NIBBLES = "for 4-bit weights; wgmma.cu and gemm.cu have those of 8"
 
@@ -252,8 +252,8 @@ def digits_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
         return "needs the wgmma of compute capability 9.0"
     if spec.bits != 4:
         return "for 4-bit weights"
-    if spec.m > 4:
-        return "for at most 4 rows"
+    if spec.m > 1:
+        return "for one row"
     if spec.group_size not in (32, 64) and spec.group_size % 128 and spec.group_size < spec.k:
         return f"group_size {spec.group_size} is neither 32, 64 nor a multiple of 128"
     pairs = spec.activation == "silu_mul"
@@ -270,18 +270,19 @@ def digits_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
 
 def digits_form(spec: Spec, form: tuple[int, int, int, int, int, int]) -> dict[str, int]:
     """The constants of ``digits.cu`` in one of its forms."""
-    teams, slices, cluster, ahead, buffers, blocks = form
+    teams, slices, per, cluster, ahead, blocks = form
     parts = 128 // spec.group_size if spec.group_size < min(128, spec.k) else 1
     units, warps = math.ceil(math.ceil(spec.k / 64) / (2 * cluster)), 4 * teams * slices
-    ahead = min(ahead, max(2, math.ceil(units / slices)))
-    x = math.ceil((units * 8 * (64 * spec.m + 16) + 128) / 16) * 16
-    stage = teams * slices * _unit_bytes(spec, parts)
-    counts = math.ceil(units * spec.m / 4) * 4 + units * parts * max(8, 4 * spec.m)
-    sums = buffers * slices * 4 * teams * spec.m * 16 + 4 * spec.m * warps * bool(spec.norm)
-    whole = math.ceil(spec.m * spec.k * 2 / 16) * 16 * spec.perm
+    stages = math.ceil(units / (slices * per))
+    ahead, buffers = min(ahead, max(2, stages)), 2
+    x = units * 8 * 80 + 128
+    stage = teams * slices * per * _unit_bytes(spec, parts)
+    counts = math.ceil(units / 4) * 4 + units * parts * 8
+    sums = buffers * slices * 4 * teams * 16 + 4 * warps * bool(spec.norm)
+    whole = spec.k * 2 * spec.perm
     shared = math.ceil((x + ahead * stage) / 16) * 16 + 4 * (counts + sums) + whole + (2 * ahead + 2 * buffers) * 8
     return {
-        "ROWS": spec.m, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "AHEAD": ahead, "BUFFERS": buffers,
+        "TEAMS": teams, "SLICES": slices, "PER": per, "CLUSTER": cluster, "AHEAD": ahead, "BUFFERS": buffers,
         "BLOCKS": blocks, "SHARED": shared,
     }  # fmt: skip
 
