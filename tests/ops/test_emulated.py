@@ -185,7 +185,11 @@ DIGITS: list[tuple[W4A16Case, int, dict[str, int]]] = [
     (W4A16Case(1, 128, 840, -1, norm="rmsnorm"), 1, {"CLUSTER": 4, "PER": 2, "AHEAD": 2}),
     (W4A16Case(1, 128, 4104, act_order=True, norm="layernorm"), 2, {}),  # three pieces a thread
     (W4A16Case(1, 128, 9224, 32), 2, {"PER": 2, "SLICES": 1, "AHEAD": 3}),
-    (W4A16Case(1, 256, 1096, 64, symmetric=False, act_order=True, norm="rmsnorm", activation="silu_mul"), 1, {"TEAMS": 4}),
+    (
+        W4A16Case(1, 256, 1096, 64, symmetric=False, act_order=True, norm="rmsnorm", activation="silu_mul"),
+        1,
+        {"TEAMS": 4},
+    ),
 ]
 
 
@@ -319,9 +323,9 @@ def test_gemm_with_8_bits(case: W4A16Case, form: cost.Form, ahead: int, clusters
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
-@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+@pytest.mark.parametrize("variant", ["stream", "digits", "wgmma"])
 def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
-    few(variant, W4A16Case(3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
+    few(variant, W4A16Case(1 if variant == "digits" else 3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])

@@ -25,7 +25,7 @@ from nybble.runtime.hardware import A100, H200
 
 SMALL = W4A16Case(3, 72, 200, 32, torch.float16, symmetric=False)
 
-PLAIN = r"\['mma', 'wgmma', 'gemm', 'stream', 'reference'\]"
+PLAIN = r"\['mma', 'digits', 'wgmma', 'gemm', 'stream', 'reference'\]"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -174,7 +174,7 @@ def test_choice_is_pure_and_says_why() -> None:
     spec = W4A16Case(1, 4096, 4096).spec()
     picks = [cost.choose(spec._replace(m=m), H200).pick.variant for m in (1, 2, 16, 64, 128)]
     assert picks == ["stream", "wgmma", "gemm", "gemm", "gemm"]
-    assert cost.choose(spec._replace(n=12288), H200).pick.variant == "wgmma"
+    assert [cost.choose(spec._replace(n=12288, m=m), H200).pick.variant for m in (1, 2)] == ["digits", "wgmma"]
     assert [cost.choose(spec._replace(m=m), A100).pick.variant for m in (1, 128)] == ["stream", "mma"]
     pick = cost.choose(spec._replace(variant="mma"), H200).pick
     assert dict(pick.config) == {"TILE_M": 8, "SLICES": 8}

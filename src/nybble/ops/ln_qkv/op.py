@@ -317,7 +317,7 @@ def fused_ln_qkv_gptq(
         kind: ``"layernorm"`` or ``"rmsnorm"``.
         kv_features: the width of K and of V where it is not H (grouped queries); Q has what is left of N.
         checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``: how zero points are stored.
-        variant: ``"auto"``, ``"wgmma"`` or ``"stream"`` (one launch, few rows), ``"composed"`` (one kernel after the
+        variant: ``"auto"``; ``"digits"`` (one row), ``"wgmma"`` or ``"stream"`` (few): one launch; ``"composed"`` (one kernel after the
             other) or ``"reference"``.
 
     Returns:

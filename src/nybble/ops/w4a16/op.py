@@ -25,7 +25,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
-KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "gemm", "stream", "digits")}
+KERNELS = {
+    variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "gemm", "stream", "digits")
+}
 PARAMETERS = {"mma": "8q", "wgmma": "11qd", "digits": "11qd", "gemm": f"{MAP}8q", "stream": "11qd", "gather": "4q"}
 GATHER, GATHER_THREADS = PACKAGE / "ops" / "w4a16" / "gather.cu", 128
 
@@ -646,8 +648,8 @@ def w4a16_linear(
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
-        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"wgmma"`` (all of it, at
-            most 64 rows, Hopper), ``"gemm"`` (all but a norm, many rows, Hopper), ``"stream"`` (as wgmma, on other
+        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"digits"`` (all of
+            it, one row, Hopper), ``"wgmma"`` (all of it, at most 64 rows, Hopper), ``"gemm"`` (all but a norm, many rows, Hopper), ``"stream"`` (as wgmma, on other
             GPUs), ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
             product.
 
@@ -658,7 +660,8 @@ def w4a16_linear(
         TypeError: a dtype. ValueError: a shape, device or value. UnsupportedError: the variant can't run here.
 
     Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only from
-        129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. A norm
+        129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. One row of
+        ``x`` may be taken in steps of 2^-30 of the largest of 128 neighbours, and is NaN where it is not finite. A norm
         has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
         residual are fp32, and the result is rounded once; composed, after each kernel. Deterministic. NaN and Inf in a
         row of ``x`` reach that row of ``y`` only.
