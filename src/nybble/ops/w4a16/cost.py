@@ -284,7 +284,7 @@ def _digit_forms(spec: Spec) -> list[DigitForm]:
         wide: DigitForm = (4, 1, 1, 2, 4, 1)
         pairs: list[DigitForm] = [(2, 2, 1, 2, 4, 2)] if crowded else [(2, 2, 2, 2, 3, 1), (2, 2, 1, 2, 4, 2)]
         first = [wide, *pairs] if turns > 0.8 * math.ceil(turns) and not crowded else [*pairs, wide]
-        return [*first, (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1), (2, 2, 1, 8, 2, 1)]
+        return [*first, (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1), (4, 1, 1, 8, 2, 1)]
     # Two units at a time hide half of their latency, where a group is not so small that their sums are too many.
     if crowded:
         forms: list[DigitForm] = [(1, 2, 1, 2, 3, 2)]

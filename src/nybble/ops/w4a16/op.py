@@ -649,9 +649,9 @@ def w4a16_linear(
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
         variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"digits"`` (all of
-            it, one row, Hopper), ``"wgmma"`` (all of it, at most 64 rows, Hopper), ``"gemm"`` (all but a norm, many rows, Hopper), ``"stream"`` (as wgmma, on other
-            GPUs), ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
-            product.
+            it, one row, Hopper), ``"wgmma"`` (all of it, at most 64 rows, Hopper), ``"gemm"`` (all but a norm, many
+            rows, Hopper), ``"stream"`` (as wgmma, on other GPUs), ``"reference"``; ``"composed"``, one kernel after
+            the other, where there is anything around the product.
 
     Returns:
         ``[..., N]``, or ``[..., N / 2]`` with silu_mul; contiguous, the dtype of ``x``.
@@ -659,10 +659,10 @@ def w4a16_linear(
     Raises:
         TypeError: a dtype. ValueError: a shape, device or value. UnsupportedError: the variant can't run here.
 
-    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only from
-        129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. One row of
-        ``x`` may be taken in steps of 2^-30 of the largest of 128 neighbours, and is NaN where it is not finite. A norm
-        has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
+    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only
+        from 129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. One
+        row of ``x`` may be taken in steps of 2^-30 of the largest of 128 neighbours, and its result is NaN where it is
+        not finite. A norm has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
         residual are fp32, and the result is rounded once; composed, after each kernel. Deterministic. NaN and Inf in a
         row of ``x`` reach that row of ``y`` only.
     """
