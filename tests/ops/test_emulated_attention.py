@@ -53,6 +53,7 @@ STREAMS: list[tuple[AttentionCase, int, int, int]] = [
     (AttentionCase(1, 4, 1, 64, 16 * 8 * 11), 11, 8, 2),  # a warp takes two blocks' sums
     (AttentionCase(1, 2, 1, 16, 16 * 4 * 37), 37, 4, 2),  # and nine of them, two at a time
     (AttentionCase(1, 2, 1, 8, 16 * 4 * 140, rotary=0), 140, 4, 2),  # more than a warp's lanes can watch
+    (AttentionCase(5, 2, 1, 16, 112), 8, 4, 2),  # a head that begins where a block begins, the division being uneven
     (AttentionCase(3, 8, 2, 128, 200, BRAIN), 4, 4, 2),  # a block and a half a head, the last tile not full
     (AttentionCase(5, 3, 3, 80, 100, seen=60, **TOGETHER), 3, 4, 4),  # slots nobody has written, five heads a block
     (AttentionCase(9, 2, 2, 80, 33, seen=5, angles=FLOAT, **TOGETHER), 2, 4, 3),  # heads of one tile: fewer than warps
@@ -149,13 +150,14 @@ def test_a_nan_in_a_slot_in_use_is_seen_by_its_head_alone(form: Any) -> None:
         tensor[0, 1, 40, 3] = kept
 
 
+@pytest.mark.parametrize("d", [64, 72])
 @pytest.mark.parametrize("form", FORMS, ids=("cluster", "stream"))
-def test_a_score_of_minus_infinity_has_no_weight(form: Any) -> None:
-    case = AttentionCase(1, 2, 1, 64, 100, rotary=0)
+def test_a_score_of_minus_infinity_has_no_weight(form: Any, d: int) -> None:
+    case = AttentionCase(1, 2, 1, d, 100, rotary=0)
     inputs = case.make()
-    inputs.q[..., 0] = 1.0
-    inputs.keys[0, 0, 16:32, 0] = float("-inf")  # a whole tile
+    inputs.q[..., -1] = 1.0
+    inputs.keys[0, 0, 16:32, -1] = float("-inf")  # a whole tile
     out = form(case, inputs)
-    weights = (inputs.q.double() @ torch.cat((inputs.keys[0, 0, :99], inputs.k[0])).double().t() / 8).softmax(-1)
+    weights = (inputs.q.double() @ torch.cat((inputs.keys[0, 0, :99], inputs.k[0])).double().t() * d**-0.5).softmax(-1)
     want = weights @ torch.cat((inputs.values[0, 0, :99], inputs.v[0])).double()
     assert float((out - want).abs().max()) <= 2e-3 and bool(out.isfinite().all())

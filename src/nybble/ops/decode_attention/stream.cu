@@ -258,9 +258,8 @@ stream_kernel(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
 
         // Phase 4: the block with a head's end takes what those before it have left, each warp that of some, in their order.
         if (low > 0 && high == tiles) {
-            int source = static_cast<int>(static_cast<long long>(pair) * tiles * workers / all_tiles);  // has the head's first tile
-            while (share_of(source) > pair * tiles) --source;
-            while (share_of(source + 1) <= pair * tiles) ++source;
+            int source = static_cast<int>(static_cast<long long>(pair) * tiles * workers / all_tiles);
+            if (share_of(source + 1) == pair * tiles) ++source;  // has the head's first tile
             for (source += warp; source < me; source += 32 * WARPS) {
                 const int watched = source + lane * WARPS;
                 wait_for_flag(flags + (watched < me ? watched : source));
