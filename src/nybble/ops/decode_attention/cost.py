@@ -31,8 +31,16 @@ READ_US = 1.2
 """From asking for rows to having them, while all of memory is busy."""
 SM_SHARE = 1.44
 """What one multiprocessor can read at most, in shares of the bandwidth that all of them have together."""
-CLUSTER_READ, STREAM_READ = 0.88, 0.98
-"""Of the bandwidth: with one tile of a warp on its way and heads dealt out whole; with rings and even shares."""
+STREAM_READ = 0.98
+"""Of the bandwidth, at most."""
+
+
+def cluster_read(warps: int) -> float:
+    """Of the bandwidth, where this many warps of a multiprocessor have one tile each on its way: 0.80 with 8, all of it
+    with 16, as measured."""
+    return min(STREAM_READ, 0.62 + 0.0225 * warps)
+
+
 SHARE_US = 1.5
 """To leave sums in memory, to see the others' and to add them."""
 HEAD_US = 2.0
@@ -133,11 +141,12 @@ def predict(spec: Spec, splits: int, warps: int, hardware: Hardware) -> float:
     read, sms = (hardware.read_tbps or 1.0) * 1e6, hardware.sms  # bytes a microsecond
     busy = min(spec.pairs * min(splits, math.ceil(spec.slots / TILE)), sms)
     # a multiprocessor reads what its warps have asked for
-    asking = min(each, math.ceil(blocks / sms)) * min(warps, tiles)
+    beside = min(each, math.ceil(blocks / sms))
+    asking = beside * min(warps, tiles)
     of_one = min(SM_SHARE * read / sms, asking * TILE * spec.d * 4 / READ_US)
-    memory = spec.pairs * spec.slots * spec.d * 4 / min(CLUSTER_READ * read, busy * of_one)
-    latency = turns * math.ceil(tiles / warps) * TILE_US + (turns - 1) * BLOCK_US
-    return LAUNCH_US + MERGE_US[splits] + max(latency, memory) + 0.3 * min(latency, memory)
+    memory = spec.pairs * spec.slots * spec.d * 4 / min(cluster_read(beside * warps) * read, busy * of_one)
+    latency, again = turns * math.ceil(tiles / warps) * TILE_US, (turns - 1) * BLOCK_US
+    return LAUNCH_US + MERGE_US[splits] + again + max(latency, memory) + 0.15 * min(latency, memory)
 
 
 def stream_blocks(pairs: int, slots: int, warps: int, each: int, sms: int) -> int:
