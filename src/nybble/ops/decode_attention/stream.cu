@@ -101,21 +101,26 @@ stream_kernel(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
     auto ask = [&](int stage) {
         if (asked > 0) {
             T* const to = ring + stage * STAGE;
-            const long long from = (ask_pair * slots + ask_tile * TILE) * D;
-            const int rows = used - ask_tile * TILE;
+            const long long from = (ask_pair * slots + ask_tile * TILE) * D + lane * 8;
+            const T* const key_from = keys + from;
+            const T* const value_from = values + from;
+            auto copy = [&](int rows) {
 #pragma unroll
-            for (int i = 0; i < (TILE * PIECES + 31) / 32; ++i) {
-                const int piece = lane + 32 * i, row = piece / PIECES, at = row * PITCH + piece % PIECES * 8;
-                if (TILE * PIECES % 32 != 0 && piece >= TILE * PIECES) continue;
-                copy_async_16(to + at, keys + from + piece * 8, row < rows);
-                copy_async_16(to + TILE * PITCH + at, values + from + piece * 8, row < rows);
-            }
+                for (int i = 0; i < (TILE * PIECES + 31) / 32; ++i) {
+                    const int piece = lane + 32 * i, row = piece / PIECES, at = row * PITCH + piece % PIECES * 8;
+                    if (TILE * PIECES % 32 != 0 && piece >= TILE * PIECES) continue;
+                    copy_async_16(to + at, key_from + i * 256, row < rows);
+                    copy_async_16(to + TILE * PITCH + at, value_from + i * 256, row < rows);
+                }
+            };
+            if (used - ask_tile * TILE >= TILE) copy(TILE);  // no row needs to be asked about
+            else copy(used - ask_tile * TILE);
             --asked;
             step_back(ask_pair, ask_tile);
         }
         commit_copies();
     };
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < DEPTH; ++i) ask(i);
     wait_for_previous();
     allow_next();
