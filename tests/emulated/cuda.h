@@ -47,6 +47,7 @@ struct Fiber {
     Dim thread, block_index;
     Block* block;
     int warp, lane;
+    std::vector<std::vector<std::function<void()>>> copies{1};  // groups of what was asked for in the background, the last one open
 };
 static Fiber* self;
 static ucontext_t scheduler;

@@ -74,6 +74,9 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((AttentionCase(1, 4, 4, 80, slots, rotary=20, together=True), "cuda") for slots in (1, 100)),
     *((AttentionCase(2, 6, 2, d, 100, torch.bfloat16, norm=True), "cuda") for d in (8, 72, 120, 200, 256)),
     (AttentionCase(1, 24, 2, 64, 100, sinks=4, seen=200), "cuda"),
+    *((AttentionCase(batch, 8, 2, 128, slots, seen=slots - 5), "stream") for batch in (1, 40) for slots in (70, 1500)),
+    *((AttentionCase(2, 6, 2, d, 400, torch.bfloat16, norm=True), "stream") for d in (8, 72, 80, 200, 256)),
+    (AttentionCase(1, 24, 2, 64, 400, sinks=4, seen=600), "stream"),
 )
 
 
