@@ -415,6 +415,15 @@ def test_one_row_that_is_not_finite(value: float, act_order: bool) -> None:
     assert not case.run(replace(inputs, residual=torch.zeros_like(case.run(inputs)[0])), "digits")[0].isfinite().any()
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("mean", [0.5, 4.0, 300.0])
+def test_a_norm_of_one_row_far_from_zero(mean: float, norm: str) -> None:
+    case = W4A16Case(1, 256, 4096, norm=norm)
+    inputs = case.make("cuda")
+    inputs.x.add_(mean)
+    check_case(case, "cuda", variant="digits", inputs=inputs)
+
+
 def test_one_row_of_all_magnitudes() -> None:
     """What is small beside its neighbours counts where they are multiplied by nothing."""
     for dtype, largest in ((torch.float16, 6e4), (torch.bfloat16, 1e30)):

@@ -125,9 +125,17 @@ COPIED: list[tuple[W4A16Case, int, dict[str, int]]] = [
 ]
 
 
-def few(variant: str, case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()) -> None:
+def few(
+    variant: str,
+    case: W4A16Case,
+    workers: int,
+    changed: dict[str, int],
+    splits: tuple[int, ...] = (),
+    mean: float = 0.0,
+) -> None:
     """Run a kernel for few rows on a case with some workers, and some constants other than the cost model's."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
+    inputs.x.add_(mean)
     shapes = {"wgmma": wgmma_shape, "stream": stream_shape, "digits": digits_shape}
     chosen = shapes[variant](spec, H200)
     assert isinstance(chosen, dict)
@@ -196,6 +204,13 @@ DIGITS: list[tuple[W4A16Case, int, dict[str, int]]] = [
 @pytest.mark.parametrize(("case", "workers", "changed"), DIGITS, ids=str)
 def test_digits(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
     few("digits", case, workers, changed)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("mean", [0.5, 4.0, 300.0])
+def test_digits_of_a_row_far_from_zero(mean: float, norm: str) -> None:
+    """Where the mean is most of the squares, a variance is not what is left of them."""
+    few("digits", W4A16Case(1, 64, 1024, norm=norm), 1, {}, mean=mean)
 
 
 @pytest.mark.parametrize(("case", "workers", "changed"), COPIED, ids=lambda value: str(value)[:80])
