@@ -280,22 +280,27 @@ def _digit_forms(spec: Spec) -> list[DigitForm]:
     units, crowded = math.ceil(spec.k / 256), spec.group_size < min(128, spec.k)  # of one of two blocks
     if spec.activation == "silu_mul":
         turns = spec.n / (256 * PAIRS)
-        # 16.9 us beside 17.7 at 28672 x 4096; 14.7 beside 14.3 at 22016 x 4096, where the second turn is nearly empty.
-        wide: DigitForm = (4, 1, 1, 2, 4, 1)
-        pairs: list[DigitForm] = [(2, 2, 1, 2, 4, 2)] if crowded else [(2, 2, 2, 2, 3, 1), (2, 2, 1, 2, 4, 2)]
-        first = [wide, *pairs] if turns > 0.8 * math.ceil(turns) and not crowded else [*pairs, wide]
+        # 16.2 us beside 17.3 at 28672 x 4096; 14.7 beside 13.5 at 22016 x 4096, where the second turn is nearly empty.
+        wide: list[DigitForm] = [(4, 1, 1, 2, 6, 1), (4, 1, 1, 2, 4, 1)]
+        pairs: list[DigitForm] = (
+            [(2, 2, 1, 2, 4, 2)] if crowded else [(2, 2, 2, 2, 5, 1), (2, 2, 2, 2, 3, 1), (2, 2, 1, 2, 4, 2)]
+        )
+        first = [*wide, *pairs] if turns > 0.74 * math.ceil(turns) and not crowded else [*pairs, *wide]
         return [*first, (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1), (4, 1, 1, 8, 2, 1)]
     # Two units at a time hide half of their latency, where a group is not so small that their sums are too many.
     if crowded:
         forms: list[DigitForm] = [(1, 2, 1, 2, 3, 2)]
-    elif spec.k > 4608:  # 10.2 us beside 10.9 at 4096 x 14336, 29.6 beside 30.6 at 28672 x 8192
-        forms = [(1, 4, 2, 2, 3, 1), (1, 4, 2, 2, 2, 1)]
-    elif -(-units // 4) * 4 > 1.1 * units:  # 5.5 us beside 6.6 at 7680 x 2560
+    elif spec.k > 4608:  # 9.8 us beside 10.9 at 4096 x 14336, 28.4 beside 30.5 at 28672 x 8192
+        deep: list[DigitForm] = [(1, 4, 2, 2, 6, 1)] if spec.n > 64 * PAIRS else []  # 28.4 us beside 29.3 there
+        forms = [*deep, (1, 4, 2, 2, 4, 1), (1, 4, 2, 2, 3, 1), (1, 4, 2, 2, 2, 1)]
+    elif -(-units // 4) * 4 > 1.1 * units:  # 5.6 us beside 6.6 at 7680 x 2560
         forms = [(1, 2, 1, 2, 5, 3)]
-    elif spec.norm or 4224 < spec.n <= 11264:  # 7.6 us beside 8.1 at 11008 x 4096, 8.7 beside 8.0 at 12288 x 4096
-        forms = [(1, 2, 2, 2, 3, 2)]
+    elif spec.norm:
+        forms = [(1, 2, 2, 2, 3, 2), (1, 2, 2, 2, 4, 2)]
+    elif 64 * PAIRS < spec.n <= 11264:  # 7.6 us beside 8.1 at 11008 x 4096, 8.6 beside 8.0 at 12288 x 4096
+        forms = [(1, 2, 2, 2, 3, 3), (1, 2, 2, 2, 4, 2)]
     else:
-        forms = [(1, 2, 2, 2, 4, 2)]
+        forms = [(1, 2, 2, 2, 4, 2), (1, 2, 2, 2, 3, 3)]
     return [*forms, (1, 2, 1, 2, 5, 3), (1, 2, 1, 2, 4, 2), (1, 2, 1, 2, 2, 1), (1, 2, 1, 4, 2, 1)]
 
 
@@ -304,7 +309,7 @@ def digits_form(spec: Spec, form: DigitForm) -> dict[str, int]:
     teams, slices, per, cluster, ahead, blocks = form
     parts = 128 // spec.group_size if spec.group_size < min(128, spec.k) else 1
     units, warps = math.ceil(math.ceil(spec.k / 64) / (2 * cluster)), 4 * teams * slices
-    stages = math.ceil(units / (slices * per))
+    stages = math.ceil(units / (slices * per)) * math.ceil(spec.n / (64 * teams * PAIRS))  # of a worker, or more
     ahead, buffers = min(ahead, max(2, stages)), 2
     x = units * 8 * 80 + 128
     stage = teams * slices * per * _unit_bytes(spec, parts)
@@ -312,6 +317,8 @@ def digits_form(spec: Spec, form: DigitForm) -> dict[str, int]:
     sums = buffers * slices * 4 * teams * 16 + 4 * warps * bool(spec.norm)
     whole = spec.k * 2 * spec.perm
     shared = math.ceil((x + ahead * stage) / 16) * 16 + 4 * (counts + sums) + whole + (2 * ahead + 2 * buffers) * 8
+    if blocks == 2:  # and no third one, or three are on one multiprocessor and one on another: 7.0 us beside 5.7
+        shared = max(shared, (228 << 10) // 3 - 1024 + 16)
     return {
         "TEAMS": teams, "SLICES": slices, "PER": per, "CLUSTER": cluster, "AHEAD": ahead, "BUFFERS": buffers,
         "BLOCKS": blocks, "SHARED": shared,
