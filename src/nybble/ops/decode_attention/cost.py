@@ -150,8 +150,8 @@ def predict(spec: Spec, splits: int, warps: int, hardware: Hardware) -> float:
 
 
 def stream_blocks(pairs: int, slots: int, warps: int, each: int, sms: int) -> int:
-    """Of a launch of ``stream.cu``: all that run at once, and no more than have a tile for each warp. Where a few blocks
-    less are a multiple of the heads, no share is of two of them: 12.5 us beside 13.8 (8 heads of 8192 slots)."""
+    """Of a launch of ``stream.cu``: all that run at once, and no more than have a tile for each warp. Where a few
+    blocks less are a multiple of the heads, no share is of two of them: 12.5 us beside 13.8 (8 heads, 8192 slots)."""
     most = sms * each
     whole = most // pairs * pairs
     most = whole if whole >= 0.95 * most else most
