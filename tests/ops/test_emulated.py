@@ -220,7 +220,7 @@ def many(case: W4A16Case, form: cost.Form, ahead: int, clusters: int, splits: tu
     config["AHEAD"] = ahead or config["AHEAD"]
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
-    tile, teams, slices, cluster, ways, _ = form
+    tile, teams, slices, cluster, ways = form[:5]
     left = torch.full((workspace.FLAG_BYTES + clusters * cluster * 64 * teams * tile * 4,), 255, dtype=torch.uint8)
     left[: workspace.FLAG_BYTES] = 0
     emulate.launch(
@@ -243,6 +243,12 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(260, 520, 968, 64, BRAIN, bias=True), (256, 2, 1, 2, 1, 1), 2, 3),
     (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
     (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
+    (W4A16Case(200, 400, 456, 64, symmetric=False, bias=True), (128, 3, 1, 1, 1, 0, 1), 2, 2),  # half a unit at the end
+    (W4A16Case(140, 640, 512, 256, BRAIN), (128, 3, 1, 2, 1, 0, 1), 2, 1),
+    (W4A16Case(300, 520, 968, residual=True, activation="gelu"), (128, 3, 1, 1, 1, 1, 1), 2, 5),
+    (W4A16Case(130, 200, 712, 16, BRAIN, symmetric=False), (128, 3, 1, 2, 1, 1, 1), 2, 3),
+    (W4A16Case(150, 256, 384, activation="silu_mul", residual=True), (128, 2, 1, 1, 1, 1, 1), 3, 2),
+    (W4A16Case(200, 200, 328, 64, BRAIN, symmetric=False, bits=8), (128, 3, 1, 1, 1, 1, 1), 2, 2),
 ]
 
 
