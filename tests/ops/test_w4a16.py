@@ -384,6 +384,8 @@ def test_the_pick_is_within_5_percent_of_the_fastest_row(case: W4A16Case) -> Non
     rows = Path(__file__).parents[2] / "results" / "h200" / "w4a16.jsonl"
     measured = {}
     for row in map(json.loads, rows.read_text().splitlines()):
+        if row["variant"] == "gemm" and "TILE_M" in row.get("config", {}):  # what older rows say by their tile
+            row["config"] = {"FOLD": int(row["config"]["TILE_M"] == 256), "HALVES": 2} | row["config"]
         same = (
             row["shape"] == case.shape()
             and row["dtype"] == dtype_name(case)

@@ -454,7 +454,8 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
         features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
     else:  # a warp more in wgmma.cu, a warpgroup in gemm.cu, to ask for the weights
         copying = 32 if chosen.variant == "wgmma" else 128
-        features, threads = 64 * config["TEAMS"], 128 * config["TEAMS"] * config.get("SLICES", 1) + copying
+        features = 32 * config.get("HALVES", 2) * config["TEAMS"]
+        threads = 128 * config["TEAMS"] * config.get("SLICES", 1) + copying
     plan = Plan(
         binary,
         PARAMETERS[chosen.variant],
