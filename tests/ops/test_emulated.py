@@ -210,6 +210,8 @@ MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(40, 264, 1096, 32, residual=True, activation="gelu"), (64, 2, 1, 1, 1, 1, 0, 4), 2, 3),
     (W4A16Case(50, 136, 384, -1, BRAIN, scale_dtype=FLOAT), (64, 1, 1, 1, 1, 0, 0, 4), 2, 1),
     (W4A16Case(40, 320, 128), (64, 1, 1, 1, 1, 1, 0, 4), 0, 2),
+    (W4A16Case(20, 400, 456, 32, BRAIN, symmetric=False, bias=True), (32, 2, 1, 1, 1, 1, 0, 4), 2, 3),
+    (W4A16Case(13, 328, 712, scale_dtype=FLOAT), (16, 2, 1, 2, 1, 0, 0, 4), 2, 1),
     # One stage a tile, and several tiles: the ring, of the size that is chosen, must hold the next tile's as well.
     (W4A16Case(40, 320, 128), (64, 1, 1, 1, 1, 0), 0, 1),
     (W4A16Case(20, 384, 256), (32, 1, 2, 1, 1, 0), 0, 1),

@@ -56,7 +56,7 @@ leave of them; then those for 128 rows with FOLD, and for 64 rows. Clusters of f
 UNIT_US = {
     (16, 0, 2): (0.118, 0.112, 0.114, 0.093), (32, 0, 2): (0.177, 0.182, 0.155, 0.145),
     (64, 0, 2): (0.3, 0.246, 0.223, 0.215), (128, 0, 2): (0.437, 0.373), (256, 1, 2): (0.723, 0.715),
-    (64, 0, 4): (0.22, 0.195),
+    (16, 0, 4): (0.13, 0.118), (32, 0, 4): (0.19, 0.16), (64, 0, 4): (0.22, 0.195),
     (128, 1, 2): (0.43, 0.375, 0.36), (128, 1, 3): (0.0, 0.37), (128, 1, 4): (0.38, 0.365), (128, 1, 5): (0.0, 0.362),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its units of 64 by 128 weights, by the tile's rows, FOLD and HALVES, and by
@@ -269,7 +269,7 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
         return None
     if fold and (spec.m <= 128 or tile < 128):
         return None  # up to 128 rows the weight is not rounded
-    if halves != 2 and (tile != (128 if fold else 64) or teams > 2 or slices > 1 or ways > 1 or pairs):
+    if halves != 2 and ((tile == 128) != fold or tile > 128 or teams > 2 or slices > 1 or ways > 1 or pairs):
         return None
     if halves % 2 and (not fold or teams != 2 or (halves == 5 and stream_k)):
         return None  # two warpgroups share 64 features; the last spills
@@ -311,7 +311,7 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     memory = (GEMM_STREAM if spec.bits == 4 else 1.0) * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,
-        "STREAM_K": stream_k, "FOLD": fold, "HALVES": halves, "EARLY": int(tile > 16), "AHEAD": ahead, "PASS_M": rows,
+        "STREAM_K": stream_k, "FOLD": fold, "HALVES": halves, "EARLY": int(tile > 16 or halves > 2), "AHEAD": ahead, "PASS_M": rows,
         "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0  # 12.0 to 12.4 us beside 11.3
