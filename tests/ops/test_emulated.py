@@ -259,6 +259,7 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(130, 200, 712, 16, BRAIN, symmetric=False), (128, 3, 1, 2, 1, 1, 1), 2, 3),
     (W4A16Case(150, 256, 384, activation="silu_mul", residual=True), (128, 2, 1, 1, 1, 1, 1), 3, 2),
     (W4A16Case(200, 200, 328, 64, BRAIN, symmetric=False, bits=8), (128, 3, 1, 1, 1, 1, 1), 2, 2),
+    (W4A16Case(200, 200, 712, 64), (128, 3, 1, 2, 2, 0, 1), 2, 1),
     # A warpgroup with more than 64 features.
     (W4A16Case(200, 400, 456, 64, symmetric=False, bias=True), (128, 2, 1, 1, 1, 0, 1, 4), 2, 2),
     (W4A16Case(300, 648, 968, residual=True, activation="gelu"), (128, 2, 1, 1, 1, 1, 1, 4), 2, 3),

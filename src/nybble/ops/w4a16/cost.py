@@ -51,8 +51,8 @@ GEMM_FORMS = (
 )  # fmt: skip
 """What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K, HALVES. Of those with
 HALVES 2 those that were within 2 % of the fastest for some shape and number of rows, and what small N or zero points
-leave of them; then those for 128 rows with FOLD, and for 64 rows. Clusters of four lose: 30 of them run at once, of two
-66."""
+leave of them; then those for 128 rows with FOLD, and for up to 64 rows. Clusters of four lose: 30 of them run at once,
+of two 66."""
 UNIT_US = {
     (16, 0, 2): (0.118, 0.112, 0.114, 0.093), (32, 0, 2): (0.177, 0.182, 0.155, 0.145),
     (64, 0, 2): (0.3, 0.246, 0.223, 0.215), (128, 0, 2): (0.437, 0.373), (256, 1, 2): (0.723, 0.715),
@@ -311,8 +311,8 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     memory = (GEMM_STREAM if spec.bits == 4 else 1.0) * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,
-        "STREAM_K": stream_k, "FOLD": fold, "HALVES": halves, "EARLY": int(tile > 16 or halves > 2), "AHEAD": ahead, "PASS_M": rows,
-        "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
+        "STREAM_K": stream_k, "FOLD": fold, "HALVES": halves, "EARLY": int(tile > 16 or halves > 2), "AHEAD": ahead,
+        "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0  # 12.0 to 12.4 us beside 11.3
     return start + slower * _both(us, memory) + 1.4 * GATHER_US * spec.perm, config
