@@ -266,6 +266,7 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(130, 200, 712, 16, BRAIN, symmetric=False), (128, 1, 1, 1, 1, 0, 1, 4), 2, 3),
     (W4A16Case(140, 520, 512, 256), (128, 2, 1, 2, 1, 0, 1, 4), 2, 1),
     (W4A16Case(200, 328, 456, 32, BRAIN, symmetric=False, bias=True), (128, 2, 1, 1, 1, 0, 1, 5), 2, 2),
+    (W4A16Case(2700, 400, 128, bias=True), (128, 2, 1, 1, 1, 0, 1, 5), 2, 3),  # bands of 8, 8, 4 and 2 tiles of rows
     (W4A16Case(150, 648, 384), (128, 2, 1, 2, 1, 0, 1, 5), 2, 1),
     (W4A16Case(300, 400, 968, residual=True), (128, 2, 1, 1, 1, 1, 1, 3), 2, 5),
     (W4A16Case(200, 400, 328, 64, symmetric=False, bits=8), (128, 2, 1, 1, 1, 1, 1, 3), 2, 2),

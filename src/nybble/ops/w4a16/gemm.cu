@@ -120,11 +120,19 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
     const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
     // Tiles go down up to four along the rows, then on along the features, then to the next band of rows: what runs at a time
-    // reads the least of x and of the weight together, as a tile of x has four times the bytes of a tile of weights.
+    // reads the least of x and of the weight together, as a tile of x has four times the bytes of a tile of weights. Wide
+    // tiles of 128 rows go down eight.
     auto place_of = [](int tile, int tiles_m) {
+        constexpr bool EIGHT = FOLD && TILE_M == 128 && BLOCKS > 2;
+        const int above = EIGHT ? tiles_m / 8 : 0;  // bands of eight, of four thereafter
+        if (EIGHT && tile < above * 8 * TILES_N) {
+            const int band = tile / (8 * TILES_N), in_band = tile - band * (8 * TILES_N);
+            return Place{in_band / 8, band * 8 + in_band % 8};
+        }
+        tile -= above * 8 * TILES_N, tiles_m -= above * 8;
         const int band = tile / (4 * TILES_N), height = min(4, tiles_m - band * 4), in_band = tile - band * (4 * TILES_N);
         const int n = height == 3 ? in_band / 3 : in_band >> height / 2;  // in_band / height, by constants
-        return Place{n, band * 4 + in_band - n * height};
+        return Place{n, above * 8 + band * 4 + in_band - n * height};
     };
     const int wide_rank = rank / WAYS, rank_k = rank % WAYS;
     const int first_unit = rank_k * BLOCK_UNITS, units = min(BLOCK_UNITS, UNITS - first_unit);
