@@ -369,12 +369,12 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                         const bool ends = j + 1 == WHOLE && batch + 1 == 8 / BATCH;
                         if (ends && !last) barrier_wait(filled + slot, turn);
                         wgmma_wait<1>();
-                        if (j == 0 && batch == 0) first_done();
                         if (batch + 1 < 8 / BATCH) unpack(at, j, batch + 1);
                         else if (!ends) unpack(at, j + 1, 0);
                         else if (!last) unpack(slot * STAGE, 0, 0);
                         if (batch * BATCH % STEPS != 0) continue;
                         add_turn(number == 0 ? WHOLE - 1 : (number - 1) / PARTS, (number + 1) % 2);
+                        if (number == 0) first_done();  // the scales that came from it have been used, too
                         scales_of(j, group, turn_scale[number % 2]);
                     }
                 if (stage + 1 < upto) continue;
