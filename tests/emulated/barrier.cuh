@@ -5,9 +5,9 @@
 using Barrier = unsigned long long;
 struct Phases {
     uint16_t phase, count;
-    int16_t pending, sixteens;  // of bytes
+    int16_t pending, eights;  // of bytes
     void settle() {
-        if (pending == 0 && sixteens == 0) ++phase, pending = count;
+        if (pending == 0 && eights == 0) ++phase, pending = count;
         if (pending < 0) fail("more arrivals than a barrier expects");
     }
 };
@@ -23,7 +23,7 @@ static void barrier_init(Barrier* at, int count) {
 }
 static void barrier_init_done() {}
 static void barrier_expect(Barrier* at, int bytes) {
-    phases(at).sixteens += bytes / 16;
+    phases(at).eights += bytes / 8;
     --phases(at).pending;
     phases(at).settle();
 }
@@ -41,7 +41,15 @@ static void send(float* to, float a, float b, float c, float d, Barrier* at, int
     if (address % 16) fail("a misaligned store to another block");
     const float values[4] = {a, b, c, d};
     std::memcpy(shared_at(self->block->cluster->blocks[rank], address, 16), values, 16);
-    --phases(at, rank).sixteens;
+    phases(at, rank).eights -= 2;
+    phases(at, rank).settle();
+}
+static void send(float* to, float a, float b, Barrier* at, int rank) {
+    const size_t address = __cvta_generic_to_shared(to);
+    if (address % 8) fail("a misaligned store to another block");
+    const float values[2] = {a, b};
+    std::memcpy(shared_at(self->block->cluster->blocks[rank], address, 8), values, 8);
+    --phases(at, rank).eights;
     phases(at, rank).settle();
 }
 static bool elected() { return self->lane == 0; }
@@ -49,6 +57,6 @@ static void copy_bulk(void* to_shared, const void* from, int bytes, Barrier* at)
     const size_t address = __cvta_generic_to_shared(to_shared);
     if (address % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("a misaligned bulk copy");
     std::memcpy(shared_at(*self->block, address, bytes), from, bytes);
-    phases(at).sixteens -= bytes / 16;
+    phases(at).eights -= bytes / 8;
     phases(at).settle();
 }

@@ -47,6 +47,7 @@ struct Fiber {
     Dim thread, block_index;
     Block* block;
     int warp, lane;
+    std::vector<std::vector<std::function<void()>>> copies{1};  // groups of what was asked for in the background, the last one open
 };
 static Fiber* self;
 static ucontext_t scheduler;
@@ -81,10 +82,12 @@ static void warp_barrier() { wait_at(warp_of().barrier, 32); }
 #define gridDim grid
 
 static void __syncthreads() { wait_at(self->block->barrier, self->block->threads); }
-static float __shfl_xor_sync(unsigned, float value, int mask) {
-    warp_of().value[self->lane] = value;
+template <typename T> static T __shfl_xor_sync(unsigned, T value, int mask) {
+    static_assert(sizeof(T) == 4);
+    std::memcpy(&warp_of().value[self->lane], &value, 4);
     warp_barrier();
-    const float other = warp_of().value[self->lane ^ mask];
+    T other;
+    std::memcpy(&other, &warp_of().value[self->lane ^ mask], 4);
     warp_barrier();
     return other;
 }
@@ -141,6 +144,9 @@ struct uint2 {
 struct float2 {
     float x, y;
 };
+struct int2 {
+    int x, y;
+};
 struct int4 {
     int x, y, z, w;
 };
@@ -149,6 +155,7 @@ struct float4 {
 };
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
+static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 static long long min(long long a, long long b) { return a < b ? a : b; }
 #define __expf(v) std::exp(float(v))
 static float __fmul_rn(float a, float b) { return a * b; }
@@ -165,5 +172,13 @@ static float __int_as_float(int bits) {
     float v;
     std::memcpy(&v, &bits, 4);
     return v;
+}
+static int __float2int_rn(float v) {
+    if (std::isnan(v)) return 0;
+    return v >= 2147483648.0f ? INT32_MAX : v < -2147483648.0f ? INT32_MIN : int(std::nearbyint(v));
+}
+static int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> 8 * i)) * int(int8_t(b >> 8 * i));
+    return sum;
 }
 using std::isnan;

@@ -45,6 +45,11 @@ static float as_float(unsigned bits) {
     std::memcpy(&v, &bits, 4);
     return v;
 }
+static unsigned as_bits(float v) {
+    unsigned bits;
+    std::memcpy(&bits, &v, 4);
+    return bits;
+}
 static unsigned as_bits(half_t v) { return v.bits; }
 static half_t as_half(unsigned bits) { return {uint16_t(bits)}; }
 static uint4 load_in_order(const uint4* from) {

@@ -19,7 +19,7 @@ static void copy_tile(void* to_shared, const TensorMap& map, int column, int row
                 if (blocks >> b & 1) std::memcpy(shared_at(self->block->cluster->blocks[b], to + place, 2), &value, 2);
         }
     for (int b = 0; b < int(self->block->cluster->blocks.size()); ++b)
-        if (blocks >> b & 1) phases(at, b).sixteens -= bytes / 16, phases(at, b).settle();
+        if (blocks >> b & 1) phases(at, b).eights -= bytes / 8, phases(at, b).settle();
 }
 static void copy_tile(void* to_shared, const TensorMap& map, int column, int row, Barrier* at) {
     copy_tile(to_shared, map, column, row, at, 1 << self->block->rank);

@@ -45,6 +45,26 @@ static void wgmma_add_columns(float (&d)[COUNT], const unsigned (&a)[4], unsigne
         return size_t(b & 0xffff) * 16 + column / 64 * size_t(b >> 16) * 16 + k * 128 + column % 64 * 2;
     });
 }
+static unsigned wgmma_pieces(const void* where, int apart) {
+    const size_t at = __cvta_generic_to_shared(where);
+    if (at % 16 || apart % 16) fail("pieces of B that do not begin at multiples of 16 bytes");
+    return unsigned(at >> 4) | unsigned(apart / 16) << 16;
+}
+template <int COUNT> static void wgmma_add_pieces(int (&d)[COUNT], const unsigned (&a)[4], unsigned b) {
+    auto& words = warp_of().words;
+    const int g = self->lane / 4, t = self->lane % 4;
+    for (int i = 0; i < 4; ++i) words[self->lane][i] = a[i];
+    warp_barrier();
+    for (int i = 0; i < COUNT; ++i) {
+        const int row = g + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + 2 * t + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            const size_t at = size_t(b & 0xffff) * 16 + k / 16 * size_t(b >> 16) * 16 + column * 16 + k % 16;
+            const unsigned word = words[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
+            d[i] += int(uint8_t(word >> (k % 4 * 8))) * int(int8_t(*shared_at(*self->block, at, 1)));
+        }
+    }
+    warp_barrier();
+}
 template <int COUNT> static void wgmma_add(int (&d)[COUNT], const unsigned (&a)[4], unsigned b, int add) {
     auto& words = warp_of().words;
     const int g = self->lane / 4, t = self->lane % 4;

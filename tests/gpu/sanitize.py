@@ -45,6 +45,11 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), v) for m in (1, 9, 33, 64) for v in FEW),
     *((W4A16Case(m, 128, 512, 64, bias=True, norm="layernorm"), v) for m in (1, 16) for v in FEW),
     *((W4A16Case(3, 384, 256, 64, activation="silu_mul", residual=True), v) for v in FEW),
+    *((W4A16Case(1, 136, 520, 64, norm=norm), "digits") for norm in ("", "layernorm")),
+    (W4A16Case(1, 72, 200, 32, torch.bfloat16, False, True, True), "digits"),
+    (W4A16Case(1, 136, 1032, act_order=True, norm="rmsnorm"), "digits"),
+    (W4A16Case(1, 384, 256, 64, activation="silu_mul", residual=True), "digits"),
+    *((W4A16Case(1, n, 512), "digits") for n in (12288, 50000)),  # several tiles a worker
     *((W4A16Case(m, 136, 520, 64), "gemm") for m in (1, 33, 64, 200)),
     *((W4A16Case(m, 72, 200, 16, torch.bfloat16, False, True, True), "gemm") for m in (33, 200)),
     (W4A16Case(70, 384, 256, 64, activation="silu_mul", residual=True), "gemm"),
@@ -69,6 +74,9 @@ CASES: tuple[tuple[Case, str], ...] = (
     *((AttentionCase(1, 4, 4, 80, slots, rotary=20, together=True), "cuda") for slots in (1, 100)),
     *((AttentionCase(2, 6, 2, d, 100, torch.bfloat16, norm=True), "cuda") for d in (8, 72, 120, 200, 256)),
     (AttentionCase(1, 24, 2, 64, 100, sinks=4, seen=200), "cuda"),
+    *((AttentionCase(batch, 8, 2, 128, slots, seen=slots - 5), "stream") for batch in (1, 40) for slots in (70, 1500)),
+    *((AttentionCase(2, 6, 2, d, 400, torch.bfloat16, norm=True), "stream") for d in (8, 72, 80, 200, 256)),
+    (AttentionCase(1, 24, 2, 64, 400, sinks=4, seen=600), "stream"),
 )
 
 

@@ -62,7 +62,7 @@ def test_one_product_by_itself() -> None:
     assert (found.wrong, found.finite, len(found.first)) == ("", True, 10)
     assert [point.m for point in found.sweep] == list(single.SWEEP)
     assert all(point.us is not None and not point.impossible for point in (found.point, *found.sweep))
-    assert {point.kernel for point in found.sweep} <= {"mma", "stream", "wgmma", "gemm"}
+    assert {point.kernel for point in found.sweep} <= {"mma", "stream", "digits", "wgmma", "gemm"}
 
 
 def test_peaks_are_what_the_data_sheet_says() -> None:

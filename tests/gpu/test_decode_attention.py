@@ -11,10 +11,9 @@ from checks import check_case, within
 import nybble
 from nybble.ops.decode_attention import cost, op
 from nybble.ops.decode_attention.cases import BENCH, EPS, AttentionCase
-from nybble.runtime.build import compile_kernel
+from nybble.runtime.choice import Candidate
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import current
-from nybble.runtime.plan import Plan
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 TOGETHER: dict[str, Any] = {"rotary": 20, "together": True}
@@ -32,50 +31,76 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", ["cuda", "stream"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case)[:110])
-def test_matches_float64(case: AttentionCase) -> None:
+def test_matches_float64(case: AttentionCase, variant: str) -> None:
     inputs = case.make("cuda")
     before = inputs.keys.clone(), inputs.values.clone()
     key, bound = case.new_key(inputs), case.rounding(inputs)
-    (first,) = check_case(case, "cuda", variant="cuda", inputs=inputs)
+    (first,) = check_case(case, "cuda", variant=variant, inputs=inputs)
     assert ((inputs.keys[:, :, case.slot].double() - key).abs() <= bound).all()
     assert torch.equal(inputs.values[:, :, case.slot], inputs.v)
     for now, then in zip((inputs.keys, inputs.values), before, strict=True):
         now[:, :, case.slot] = then[:, :, case.slot]
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
     for _ in range(3):
-        assert torch.equal(case.run(inputs, "cuda")[0], first)
+        assert torch.equal(case.run(inputs, variant)[0], first)
 
 
-@pytest.mark.parametrize("warps", cost.WARPS)
-@pytest.mark.parametrize("splits", cost.SPLITS)
-@pytest.mark.parametrize(
-    "case",
-    [AttentionCase(2, slots=700, seen=600), AttentionCase(1, 5, 5, 80, 333, **TOGETHER), AttentionCase(1, 32, 2)],
-    ids=lambda case: str(case)[:80],
-)  # fmt: skip
-def test_every_form(case: AttentionCase, splits: int, warps: int) -> None:
-    spec, card = case.spec(), current()
-    assert card is not None
-    shared = cost.shared_bytes(spec, splits, warps)
-    config = (("SPLITS", splits), ("WARPS", warps), ("SHARED", shared))
-    plan = Plan(
-        compile_kernel(op.source(spec, config), card.arch), op.PARAMETERS, device=0, threads=32 * warps,
-        shared_bytes=shared, cluster=splits, overlap=True,
-    )  # fmt: skip
+FORMED = [
+    AttentionCase(2, slots=700, seen=600),
+    AttentionCase(1, 5, 5, 80, 333, **TOGETHER),
+    AttentionCase(1, 32, 2),
+    AttentionCase(1, 8, 1, 256, 20000, seen=19000),
+    AttentionCase(40, 16, 4, 64, 90, BRAIN),
+]
+
+
+def run_form(case: AttentionCase, chosen: Candidate) -> None:
+    launch = op.launch_of(case.spec(), chosen, 0)
     x = case.make("cuda")
     out = torch.full((case.batch, case.heads, case.d), float("nan"), device="cuda", dtype=case.dtype)
     angles, norms, sinks = x.angles or (None,) * 2, x.norms or (None,) * 2, x.sinks or (None,) * 4
     given = op.arguments(*x[:7], *angles, *norms, *sinks, out, case.d**-0.5, EPS)
     pointers = [0 if t is None else t.data_ptr() for t in given[:16]]
+    first = None
     for _ in range(10):
-        plan.launch((case.batch * case.kv_heads * splits, 1, 1), *pointers, *given[16:])
+        launch.run(case.batch * case.kv_heads, case.slots, *pointers, *given[16:])
         within(case, x, (out,))
+        first = out.clone() if first is None else first
+        assert torch.equal(out, first)
         out.fill_(float("nan"))
 
 
+@pytest.mark.parametrize("warps", cost.WARPS)
+@pytest.mark.parametrize("splits", cost.SPLITS)
+@pytest.mark.parametrize("case", FORMED, ids=lambda case: str(case)[:80])
+def test_every_form(case: AttentionCase, splits: int, warps: int) -> None:
+    shared = cost.shared_bytes(case.spec(), splits, warps)
+    run_form(case, Candidate("cuda", (("SPLITS", splits), ("WARPS", warps), ("SHARED", shared))))
+
+
+@pytest.mark.parametrize("form", cost.STREAMS, ids=str)
+@pytest.mark.parametrize("case", FORMED, ids=lambda case: str(case)[:80])
+def test_every_form_of_stream(case: AttentionCase, form: tuple[int, int, int]) -> None:
+    warps, depth, each = form
+    shared, card = cost.stream_bytes(case.spec(), warps, depth), current()
+    assert card is not None
+    if each * (shared + 1024) > card.shared_bytes + 1024:
+        pytest.skip(f"{shared} bytes of shared memory a block")
+    config = (("WARPS", warps), ("DEPTH", depth), ("EACH", each), ("SHARED", shared))
+    run_form(case, Candidate("stream", config))
+
+
+@pytest.mark.parametrize("seen", [0, 15, 16, 700, 5000, 9999, 123456])
+def test_a_stream_of_any_count_of_slots(seen: int) -> None:
+    """One launch for all counts: its grid is of the slots, its shares of those in use."""
+    check_case(AttentionCase(2, slots=10000, seen=seen), "cuda", variant="stream")
+
+
+@pytest.mark.parametrize("variant", ["cuda", "stream"])
 @pytest.mark.parametrize("shape", [(1, 8, 2, 128), (4, 4, 4, 80)], ids=str)
-def test_a_text_in_a_graph(shape: tuple[int, int, int, int]) -> None:
+def test_a_text_in_a_graph(shape: tuple[int, int, int, int], variant: str) -> None:
     """Token after token, each from the result of the one before, so that every kernel reads what the last one wrote;
     from a graph of one step, eagerly, and with a pause after every kernel: the same bits."""
     batch, heads, kv_heads, d = shape
@@ -99,7 +124,7 @@ def test_a_text_in_a_graph(shape: tuple[int, int, int, int]) -> None:
                 x = nybble.rmsnorm(x.reshape(batch, -1), weight, 1e-6).view(batch, heads, d)
                 x = nybble.decode_attention(
                     x, k, x[:, :kv_heads], self.keys[layer], self.values[layer], slot, self.seen, angles=angles,
-                    settled=True,
+                    settled=True, variant=variant,
                 )  # fmt: skip
                 if pause:
                     torch.cuda.synchronize()
@@ -123,17 +148,18 @@ def test_a_text_in_a_graph(shape: tuple[int, int, int, int]) -> None:
     assert torch.equal(captured.kept, want.kept)
 
 
-def test_a_cache_that_was_just_written_is_waited_for() -> None:
+@pytest.mark.parametrize("variant", ["cuda", "stream"])
+def test_a_cache_that_was_just_written_is_waited_for(variant: str) -> None:
     """Without ``settled`` the launch overlaps nothing."""
     case = AttentionCase(settled=False)
     for seed in range(20):
         inputs, fresh = case.make("cuda", seed), case.make("cuda", seed)
-        (want,) = case.run(fresh)
+        (want,) = case.run(fresh, variant)
         held = inputs._replace(keys=torch.zeros_like(inputs.keys), values=torch.zeros_like(inputs.values))
         torch.cuda._sleep(100_000)
         held.keys.copy_(inputs.keys)
         held.values.copy_(inputs.values)
-        assert torch.equal(case.run(held)[0], want)
+        assert torch.equal(case.run(held, variant)[0], want)
 
 
 def test_strides_and_what_the_kernel_refuses() -> None:

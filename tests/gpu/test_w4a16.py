@@ -330,7 +330,7 @@ def test_opcheck_around_the_product() -> None:
 def _runs(variant: str) -> None:
     card = current()
     assert card is not None
-    if variant in ("wgmma", "gemm") and card.capability != (9, 0):
+    if variant in ("digits", "wgmma", "gemm") and card.capability != (9, 0):
         pytest.skip("wgmma and the copy engine are of Hopper only")
 
 
@@ -356,6 +356,75 @@ def test_kernels_for_few_rows_with_all_around(variant: str, norm: str, m: int) -
         if any(c.variant == variant and c.refused for c in case.choice(current()).candidates):
             continue  # 64 rows of 11008 features fit in no cluster
         check_case(case, "cuda", variant=variant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_one_row_by_integers(dtype: torch.dtype) -> None:
+    _runs("digits")
+    for n, k, group_size in (
+        (256, 1024, 128), (72, 200, 32), (4096, 4096, 64), (136, 8200, -1), (12288, 4096, 128), (4160, 2048, 256),
+        (4096, 14336, 128), (1608, 1600, 32), (12288, 2560, 128), (264, 28672, 64),
+    ):  # fmt: skip
+        case = W4A16Case(
+            1, n, k, group_size, dtype, symmetric=n % 64 == 0, act_order=k in (200, 2048), bias=n % 64 != 0
+        )
+        check_case(case, "cuda", variant="digits")
+    for norm in ("layernorm", "rmsnorm"):
+        for n, k, activation in (
+            (4096, 4096, "gelu"),
+            (384, 1024, "silu_mul"),
+            (28672, 4096, "silu_mul"),
+            (2048, 11008, "gelu_tanh"),
+            (256, 328, ""),
+        ):
+            around = {
+                "norm": norm,
+                "activation": activation,
+                "residual": True,
+                "bias": True,
+                "act_order": k in (328, 1024),
+            }
+            check_case(W4A16Case(1, n, k, 64 if k < 4096 else 128, dtype, **around), "cuda", variant="digits")
+
+
+def test_every_form_of_one_row() -> None:
+    _runs("digits")
+    card = current()
+    assert card is not None
+    for case in (
+        W4A16Case(1, 12288, 4096), W4A16Case(1, 4096, 8192, 32, symmetric=False, act_order=True),
+        W4A16Case(1, 2560, 2560, norm="layernorm", bias=True),
+        W4A16Case(1, 28672, 4096, norm="rmsnorm", activation="silu_mul"),
+    ):  # fmt: skip
+        inputs = case.make("cuda")
+        forms = [c for c in cost.contenders(case.spec(), card) if c.variant == "digits"]
+        assert len(forms) > 3
+        for candidate in forms:
+            with op.forced(case.spec(), candidate, {}):
+                results = [check_case(case, "cuda", inputs=inputs)[0].clone() for _ in range(5)]
+            assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_one_row_that_is_not_finite(value: float, act_order: bool) -> None:
+    case = W4A16Case(1, 192, 1024, act_order=act_order)
+    inputs = case.make("cuda")
+    inputs.x[0, 700] = value
+    assert case.run(inputs, "digits")[0].isnan().all()
+    assert not case.run(replace(inputs, residual=torch.zeros_like(case.run(inputs)[0])), "digits")[0].isfinite().any()
+
+
+def test_one_row_of_all_magnitudes() -> None:
+    """What is small beside its neighbours counts where they are multiplied by nothing."""
+    for dtype, largest in ((torch.float16, 6e4), (torch.bfloat16, 1e30)):
+        case = W4A16Case(1, 192, 1024, dtype=dtype)
+        inputs = case.make("cuda")
+        steps = torch.linspace(0.0, 1.0, 1024, device="cuda")
+        inputs.x[0] = (largest * 2.0 ** (-38 * steps) * inputs.x[0].float().sign()).to(dtype)
+        check_case(case, "cuda", variant="digits", inputs=inputs)
+        inputs.x.zero_()
+        assert (case.run(inputs, "digits")[0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -464,18 +533,22 @@ def test_streams_and_graphs_leave_sums_in_places_of_their_own() -> None:
         assert all(torch.equal(y, want[j]) for y, j in zip(results, (i, 0, 1), strict=True))
 
 
-@pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])
+@pytest.mark.parametrize("variant", ["stream", "digits", "wgmma", "gemm"])
 def test_the_same_bits_from_run_to_run(variant: str) -> None:
     _runs(variant)
-    for m, n, k in ((1, 4096, 4096), (16, 12288, 4096), (33, 4096, 8192)):
-        for bits in (4,) if variant == "stream" else (4, 8):
+    for m, n, k in (
+        ((1, 4096, 4096), (1, 12288, 8192))
+        if variant == "digits"
+        else ((1, 4096, 4096), (16, 12288, 4096), (33, 4096, 8192))
+    ):
+        for bits in (4,) if variant in ("stream", "digits") else (4, 8):
             case = W4A16Case(m, n, k, bits=bits)
             inputs = case.make("cuda")
             want = case.run(inputs, variant)[0].clone()
             assert all(torch.equal(case.run(inputs, variant)[0], want) for _ in range(50))
 
 
-@pytest.mark.parametrize("variant", ["stream", "wgmma", "gemm"])
+@pytest.mark.parametrize("variant", ["stream", "digits", "wgmma", "gemm"])
 def test_a_weight_that_was_just_written(variant: str) -> None:
     """Both kernels ask for weights before the previous kernel is complete, unless that may have written them."""
     _runs(variant)

@@ -14,7 +14,7 @@ from nybble.bench.peers import Inapplicable
 from nybble.bench.peers import decode_attention as peers
 from nybble.ops.case import relative_error
 from nybble.ops.decode_attention import cost, op
-from nybble.ops.decode_attention.cases import BENCH, SMALL, AttentionCase, parse
+from nybble.ops.decode_attention.cases import BENCH, GATE, SMALL, AttentionCase, parse
 from nybble.runtime.errors import UnsupportedError
 from nybble.runtime.hardware import A100, H200
 
@@ -132,7 +132,10 @@ def good() -> dict[str, Any]:
         ),
         (lambda a: {"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
         (lambda a: {"eps": -1.0}, ValueError, "eps: expected a finite number >= 0, got -1.0"),
-        (lambda a: {"variant": "flash"}, ValueError, r"variant: expected 'auto' or one of \['cuda', 'reference'\]"),
+        (
+            lambda a: {"variant": "flash"},
+            ValueError, r"variant: expected 'auto' or one of \['cuda', 'stream', 'reference'\]",
+        ),
         (lambda a: {"variant": "cuda"}, UnsupportedError, "no variant can run this here .cuda: no CUDA device"),
     ],
 )  # fmt: skip
@@ -181,19 +184,45 @@ def test_backward_says_inference_only() -> None:
 
 @pytest.mark.parametrize("case", BENCH, ids=lambda case: str(case.shape()))
 def test_every_measured_case_has_a_form_that_fits(case: AttentionCase) -> None:
-    pick = case.choice(H200).pick
-    config = dict(pick.config)
-    assert pick.variant == "cuda" and pick.us is not None and pick.us > case.floor_us(H200)
-    assert config["SHARED"] == cost.shared_bytes(case.spec(), config["SPLITS"], config["WARPS"]) <= H200.shared_bytes
+    spec, picked = case.spec(), case.choice(H200).pick
+    cluster, stream, _ = cost.candidates(spec, H200)
+    assert picked in (cluster, stream) and picked.us == min(cluster.us or 0.0, stream.us or 0.0)
+    for candidate in (cluster, stream):
+        assert candidate.us is not None and candidate.us > case.floor_us(H200)
+    config = dict(cluster.config)
+    assert config["SHARED"] == cost.shared_bytes(spec, config["SPLITS"], config["WARPS"]) <= H200.shared_bytes
+    config = dict(stream.config)
+    assert config["SHARED"] == cost.stream_bytes(spec, config["WARPS"], config["DEPTH"]) <= H200.shared_bytes
+    assert (config["SHARED"] + 1024) * config["EACH"] <= H200.shared_bytes + 1024  # blocks that wait for each other
+
+
+@pytest.mark.parametrize("case", GATE, ids=lambda case: str(case)[:90])
+def test_whatever_the_kernels_take_has_a_form_of_each(case: AttentionCase) -> None:
+    assert [c.variant for c in cost.candidates(case.spec(), H200) if not c.refused] == ["cuda", "stream", "reference"]
 
 
 def test_few_heads_share_their_keys_and_many_do_not() -> None:
     def splits(case: AttentionCase) -> int:
-        return dict(case.choice(H200).pick.config)["SPLITS"]
+        return dict(case.choice(H200, "cuda").pick.config)["SPLITS"]
 
     assert splits(AttentionCase()) == 8
     assert splits(AttentionCase(64)) == 1
     assert splits(AttentionCase(slots=16)) == 1
+
+
+def test_short_caches_are_a_clusters_and_long_ones_everybodys() -> None:
+    def variant(case: AttentionCase) -> str:
+        return case.choice(H200).pick.variant
+
+    assert [variant(AttentionCase(slots=slots)) for slots in (16, 128, 640, 2048)] == ["cuda"] * 4
+    assert [variant(AttentionCase(slots=slots)) for slots in (32768, 131072)] == ["stream"] * 2
+
+
+def test_a_stream_has_no_more_blocks_than_run_at_once() -> None:
+    assert cost.stream_blocks(8, 32768, 8, 1, 132) == 132
+    assert cost.stream_blocks(8, 32768, 4, 2, 132) == 264
+    assert cost.stream_blocks(8, 100, 8, 1, 132) == 7  # seven tiles a head, a tile a warp
+    assert cost.stream_blocks(1, 1, 8, 1, 132) == 1
 
 
 @pytest.mark.parametrize(

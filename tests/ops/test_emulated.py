@@ -19,7 +19,7 @@ from nybble.ops.q4_0.cases import KINDS, Q4Case, activations
 from nybble.ops.w4a16 import cost
 from nybble.ops.w4a16 import op as linear_op
 from nybble.ops.w4a16.cases import EPS, W4A16Case
-from nybble.ops.w4a16.cost import gemm_shapes, stream_shape, wgmma_shape
+from nybble.ops.w4a16.cost import digits_shape, gemm_shapes, stream_shape, wgmma_shape
 from nybble.runtime import workspace
 from nybble.runtime.choice import Candidate
 from nybble.runtime.hardware import H200
@@ -128,11 +128,12 @@ COPIED: list[tuple[W4A16Case, int, dict[str, int]]] = [
 def few(variant: str, case: W4A16Case, workers: int, changed: dict[str, int], splits: tuple[int, ...] = ()) -> None:
     """Run a kernel for few rows on a case with some workers, and some constants other than the cost model's."""
     spec, inputs = case.spec()._replace(splits=splits), case.make()
-    chosen = wgmma_shape(spec, H200) if variant == "wgmma" else stream_shape(spec, H200)
+    shapes = {"wgmma": wgmma_shape, "stream": stream_shape, "digits": digits_shape}
+    chosen = shapes[variant](spec, H200)
     assert isinstance(chosen, dict)
     config = chosen | {"SHARED": 227 << 10} | changed
-    weight, norm, tile, cluster = inputs.weight, inputs.norm, config["TILE_M"], config["CLUSTER"]
-    if variant == "wgmma":
+    weight, norm, tile, cluster = inputs.weight, inputs.norm, config.get("TILE_M", case.m), config["CLUSTER"]
+    if variant != "stream":
         features, threads = 64 * config["TEAMS"], 128 * config["TEAMS"] * config["SLICES"] + 32
     else:
         features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
@@ -166,6 +167,35 @@ def joined(y: Tensor, case: W4A16Case, splits: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize(("case", "workers", "changed"), STREAMED, ids=lambda value: str(value)[:80])
 def test_stream(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
     few("stream", case, workers, changed)
+
+
+# One row by integers.
+DIGITS: list[tuple[W4A16Case, int, dict[str, int]]] = [
+    (W4A16Case(1, 128, 1024), 2, {}),
+    (W4A16Case(1, 72, 200, 32), 2, {}),  # a chunk that is not full, a strip past the end
+    (W4A16Case(1, 136, 328, 32, symmetric=False, act_order=True, bias=True), 3, {}),
+    (W4A16Case(1, 128, 320, 64, bias=True, norm="layernorm"), 2, {"PER": 2}),
+    (W4A16Case(1, 64, 192, 64, norm="layernorm"), 1, {}),  # blocks of the cluster with nothing to do
+    (W4A16Case(1, 128, 256, bias=True, activation="gelu", residual=True), 2, {}),
+    (W4A16Case(1, 192, 256, dtype=BRAIN, bias=True, activation="gelu_tanh", residual=True), 1, {"BUFFERS": 1}),
+    (W4A16Case(1, 384, 256, 64, symmetric=False, bias=True, activation="silu_mul", residual=True), 3, {}),
+    (W4A16Case(1, 128, 256, symmetric=False, scale_dtype=FLOAT), 4, {}),
+    (W4A16Case(1, 320, 1096, 128, BRAIN, symmetric=False, bias=True), 1, {"TEAMS": 2, "PER": 2, "AHEAD": 2}),
+    (W4A16Case(1, 320, 1096, 256), 1, {"SLICES": 3, "AHEAD": 2, "BUFFERS": 1}),
+    (W4A16Case(1, 128, 840, -1, norm="rmsnorm"), 1, {"CLUSTER": 4, "PER": 2, "AHEAD": 2}),
+    (W4A16Case(1, 128, 4104, act_order=True, norm="layernorm"), 2, {}),  # three pieces a thread
+    (W4A16Case(1, 128, 9224, 32), 2, {"PER": 2, "SLICES": 1, "AHEAD": 3}),
+    (
+        W4A16Case(1, 256, 1096, 64, symmetric=False, act_order=True, norm="rmsnorm", activation="silu_mul"),
+        1,
+        {"TEAMS": 4},
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "workers", "changed"), DIGITS, ids=str)
+def test_digits(case: W4A16Case, workers: int, changed: dict[str, int]) -> None:
+    few("digits", case, workers, changed)
 
 
 @pytest.mark.parametrize(("case", "workers", "changed"), COPIED, ids=lambda value: str(value)[:80])
@@ -321,9 +351,9 @@ def test_gemm_with_8_bits(case: W4A16Case, form: cost.Form, ahead: int, clusters
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])
-@pytest.mark.parametrize("variant", ["stream", "wgmma"])
+@pytest.mark.parametrize("variant", ["stream", "digits", "wgmma"])
 def test_a_result_in_planes(variant: str, splits: tuple[int, ...]) -> None:
-    few(variant, W4A16Case(3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
+    few(variant, W4A16Case(1 if variant == "digits" else 3, 192, 256, bias=True, norm="layernorm"), 3, {}, splits)
 
 
 @pytest.mark.parametrize("splits", [(64, 128), (96, 144)])

@@ -25,7 +25,7 @@ from nybble.runtime.hardware import A100, H200
 
 SMALL = W4A16Case(3, 72, 200, 32, torch.float16, symmetric=False)
 
-PLAIN = r"\['mma', 'wgmma', 'gemm', 'stream', 'reference'\]"
+PLAIN = r"\['mma', 'digits', 'wgmma', 'gemm', 'stream', 'reference'\]"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -170,11 +170,25 @@ def test_8_bits_are_for_wgmma_and_gemm() -> None:
     assert eight["SHARED"] - four["SHARED"] == 4 * 4 * (4096 + 32)
 
 
+def test_forms_of_one_row_are_those_that_the_kernel_has() -> None:
+    for case in (
+        W4A16Case(1, 12288, 4096), W4A16Case(1, 4096, 14336, 32, symmetric=False), W4A16Case(1, 7680, 2560, act_order=True),
+        W4A16Case(1, 28672, 4096, activation="silu_mul"), W4A16Case(1, 22016, 4096, 64, norm="rmsnorm", activation="silu_mul"),
+    ):  # fmt: skip
+        forms = [dict(c.config) for c in cost.contenders(case.spec(), H200) if c.variant == "digits"]
+        assert len(forms) > 3
+        for form in forms:
+            strips = 4 * form["TEAMS"] / form["CLUSTER"]  # of 16 features, that a block stores
+            assert strips >= 1 and strips.is_integer()
+            assert not case.activation or (form["TEAMS"] % 2 == 0 and strips % 2 == 0)
+            assert form["TEAMS"] * form["SLICES"] <= 4
+
+
 def test_choice_is_pure_and_says_why() -> None:
     spec = W4A16Case(1, 4096, 4096).spec()
     picks = [cost.choose(spec._replace(m=m), H200).pick.variant for m in (1, 2, 16, 64, 128)]
     assert picks == ["stream", "wgmma", "gemm", "gemm", "gemm"]
-    assert cost.choose(spec._replace(n=12288), H200).pick.variant == "wgmma"
+    assert [cost.choose(spec._replace(n=12288, m=m), H200).pick.variant for m in (1, 2)] == ["digits", "wgmma"]
     assert [cost.choose(spec._replace(m=m), A100).pick.variant for m in (1, 128)] == ["stream", "mma"]
     pick = cost.choose(spec._replace(variant="mma"), H200).pick
     assert dict(pick.config) == {"TILE_M": 8, "SLICES": 8}

@@ -57,6 +57,16 @@ __device__ __forceinline__ void send(float* to, float a, float b, float c, float
                  : "memory");
 }
 
+// Two, counted as 8 bytes.
+__device__ __forceinline__ void send(float* to, float a, float b, Barrier* at, int rank) {
+    asm volatile("{\n\t.reg .u32 there, count;\n\tmapa.shared::cluster.u32 there, %0, %4;\n\t"
+                 "mapa.shared::cluster.u32 count, %3, %4;\n\t"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%1,%2}, [count];\n\t}" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "f"(a), "f"(b), "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank)
+                 : "memory");
+}
+
 // Whether this is the one lane of its warp that asks for copies. So picked, the compiler knows that it is one lane; with
 // `lane == 0` each copy stands in a loop over lanes, 80 ns of it. PTX ISA, "elect.sync".
 __device__ __forceinline__ bool elected() {

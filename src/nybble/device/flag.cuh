@@ -7,7 +7,7 @@ __device__ __forceinline__ void raise_flag(unsigned* flag) {
     asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
-// By all lanes of a warp. PTX ISA, "ld.acquire".
+// By all lanes of a warp, each for a flag of its own or all for one. PTX ISA, "ld.acquire".
 __device__ __forceinline__ void wait_for_flag(const unsigned* flag) {
     unsigned raised;
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");

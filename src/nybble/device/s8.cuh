@@ -48,6 +48,7 @@ template <unsigned SELECTOR> __device__ __forceinline__ unsigned pick_bytes(unsi
 }
 
 __device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ unsigned as_bits(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ unsigned as_bits(half_t v) { return __half_as_ushort(v); }
 __device__ __forceinline__ half_t as_half(unsigned bits) { return __ushort_as_half(static_cast<unsigned short>(bits)); }
 

@@ -216,5 +216,23 @@ NYBBLE_WGMMA_INT(256, 128,
              NYBBLE_D4(72), NYBBLE_D4(76), NYBBLE_D4(80), NYBBLE_D4(84), NYBBLE_D4(88), NYBBLE_D4(92),
              NYBBLE_D4(96), NYBBLE_D4(100), NYBBLE_D4(104), NYBBLE_D4(108), NYBBLE_D4(112), NYBBLE_D4(116),
              NYBBLE_D4(120), NYBBLE_D4(124))
-#undef NYBBLE_D4
 #undef NYBBLE_WGMMA_INT
+
+// The descriptor of B without swizzle: 16 values of k of a column are 16 bytes, those of the next column follow, and the next 16
+// of k lie `apart` bytes on. Where columns overlap with what is `apart`, they have the same values. `at` is a multiple of 16; add
+// 2 apart / 16 for the next 32 values.
+__device__ __forceinline__ unsigned wgmma_pieces(const void* at, int apart) {
+    return (static_cast<unsigned>(__cvta_generic_to_shared(at)) & 0x3ffffu) >> 4 | static_cast<unsigned>(apart / 16) << 16;
+}
+// d += A B of unsigned A and signed B of wgmma_pieces.
+#define NYBBLE_WGMMA_PIECES(COLS, COUNT, D, A, B, ...)                                                                      \
+    __device__ __forceinline__ void wgmma_add_pieces(int (&d)[COUNT], const unsigned (&a)[4], unsigned b) {                 \
+        asm volatile("{\n\t.reg .b64 columns;\n\tmov.b64 columns, {" B ", 8};\n\t"                                        \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLS "k32.s32.u8.s8 {" D "}, {" A "}, columns, 1;\n\t}"           \
+                     : __VA_ARGS__                                                                                          \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                                 \
+    }
+NYBBLE_WGMMA_PIECES(8, 4, "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", NYBBLE_D4(0))
+NYBBLE_WGMMA_PIECES(16, 8, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", NYBBLE_D4(0), NYBBLE_D4(4))
+#undef NYBBLE_D4
+#undef NYBBLE_WGMMA_PIECES

@@ -218,7 +218,7 @@ class AttentionCase(Case):
     def sources(self, hardware: Hardware) -> list[Source]:
         spec = self.spec()
         return [
-            op.source(spec, c.config) for c in cost.candidates(spec, hardware) if c.variant == "cuda" and not c.refused
+            op.source(spec, c) for c in cost.candidates(spec, hardware) if c.variant != "reference" and not c.refused
         ]
 
     @property

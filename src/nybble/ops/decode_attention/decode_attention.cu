@@ -28,7 +28,7 @@
 #include "copy.cuh"
 #include "dependent.cuh"
 #include "mma.cuh"
-#include "reduce.cuh"
+#include "rotate.cuh"
 #include "vectors.cuh"
 
 static_assert(D % 8 == 0 && D >= 8 && D <= 256, "a head is a multiple of 8 wide, at most 256");
@@ -190,15 +190,7 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
         }
     }
     float cosine[PER_LANE], sine[PER_LANE];
-    auto ask_angles = [&] {
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            const int d = lane + 32 * i;
-            cosine[i] = 1.0f, sine[i] = 0.0f;
-            if (ROTARY > 0 && d < ROTARY) cosine[i] = to_float(cos[text * angle_text + d]), sine[i] = to_float(sin[text * angle_text + d]);
-        }
-    };
-    ask_angles();
+    load_angles<D, ROTARY>(cosine, sine, cos + text * angle_text, sin + text * angle_text, lane);
     wait_for_previous();
     allow_next();
 
@@ -208,45 +200,16 @@ decode_attention_kernel(const T* __restrict__ q, const T* __restrict__ k, const 
         const T* const from = row < GROUP    ? q + text * q_text + (head * GROUP + row) * q_head
                               : is_value ? v + text * v_text + head * v_head
                                          : k + text * k_text + head * k_head;
-        const T* const weight = row < GROUP ? q_norm : k_norm;
-        // Everything is asked for before anything is used. Where half of ROTARY is a multiple of 32, the other dimension of a
-        // pair is this lane's as well.
-        float x[PER_LANE], other[PER_LANE], gain[PER_LANE], other_gain[PER_LANE], square = 0.0f;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            const int d = lane + 32 * i, pair_d = d < ROTARY / 2 ? d + ROTARY / 2 : d - ROTARY / 2;
-            const bool turns = ROTARY > 0 && ROTARY % 64 != 0 && d < ROTARY;
-            x[i] = other[i] = gain[i] = other_gain[i] = 0.0f;
-            if (d < D) x[i] = to_float(from[d]);
-            if (turns) other[i] = to_float(from[pair_d]);
-            if (NORM && d < D) gain[i] = to_float(weight[d]);
-            if (NORM && turns) other_gain[i] = to_float(weight[pair_d]);
-        }
-        if constexpr (ROTARY > 0 && ROTARY % 64 == 0) {
-#pragma unroll
-            for (int i = 0; i < ROTARY / 32; ++i) {
-                constexpr int HALF = ROTARY / 64;
-                other[i] = x[i < HALF ? i + HALF : i - HALF], other_gain[i] = gain[i < HALF ? i + HALF : i - HALF];
-            }
-        }
-        float unit = 1.0f;
-        if constexpr (NORM) {
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) square += x[i] * x[i];
-            unit = rsqrtf(warp_sum(square) * (1.0f / D) + float(eps));
-        }
+        T made[PER_LANE];
+        rotated_row<D, ROTARY, NORM>(made, from, row < GROUP ? q_norm : k_norm, cosine, sine, float(eps), is_value, lane);
         T* const to = row < GROUP ? queries + row * Q_PITCH : is_value ? new_value : new_key;
         T* const kept = (is_value ? values : keys) + (pair * slots + slot) * D;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
             const int d = lane + 32 * i;
-            float y = x[i], z = other[i];
-            if constexpr (NORM) y *= unit * gain[i], z *= unit * other_gain[i];
-            y = y * cosine[i] + (d < ROTARY / 2 ? -z : z) * sine[i];
-            const T result = from_float<T>(is_value ? x[i] : y);
             if (d >= D) continue;
-            to[d] = result;
-            if (row >= GROUP && rank == 0) kept[d] = result;
+            to[d] = made[i];
+            if (row >= GROUP && rank == 0) kept[d] = made[i];
         }
     }
     __syncthreads();

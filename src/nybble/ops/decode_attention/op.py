@@ -9,17 +9,19 @@ from torch import Tensor
 
 from nybble.ops.decode_attention import cost, reference
 from nybble.ops.register import register
-from nybble.runtime import hardware
+from nybble.runtime import hardware, workspace
 from nybble.runtime.build import compile_kernel
+from nybble.runtime.choice import Candidate
 from nybble.runtime.errors import wrong_type, wrong_value
 from nybble.runtime.plan import Plan
 from nybble.runtime.source import PACKAGE, Source
 
 FUNCTION = "decode_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL = PACKAGE / "ops" / "decode_attention" / "decode_attention.cu"
-PARAMETERS = "25q2d"
-"""Sixteen pointers, kv heads, slots, seven strides, the scale and eps: what ``decode_attention.cu`` takes."""
+_HERE = PACKAGE / "ops" / "decode_attention"
+KERNELS = {"cuda": _HERE / "decode_attention.cu", "stream": _HERE / "stream.cu"}
+PARAMETERS = {"cuda": "25q2d", "stream": "25q2d2q"}
+"""Sixteen pointers, kv heads, slots, seven strides, the scale, eps; of ``stream.cu`` the workspace and the pairs."""
 
 _INF = float("inf")
 
@@ -134,8 +136,8 @@ def spec_of(
     )
 
 
-def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
-    """The specialisation of ``decode_attention.cu`` for a request and the constants of a candidate."""
+def source(spec: cost.Spec, chosen: Candidate) -> Source:
+    """The specialisation of a kernel for a request and a candidate that is not the reference."""
     constants = (
         ("T", spec.dtype),
         ("A", spec.angles),
@@ -144,32 +146,65 @@ def source(spec: cost.Spec, config: tuple[tuple[str, Any], ...]) -> Source:
         ("ROTARY", spec.rotary),
         ("NORM", spec.norm),
         ("SINKS", spec.sinks),
-        *config,
+        *chosen.config,
     )
-    return Source(KERNEL, constants)
+    return Source(KERNELS[chosen.variant], constants)
 
 
-_PLANS: dict[tuple[cost.Spec, int], tuple[Plan, int] | None] = {}
-"""By request and device: the plan and the blocks of a cluster; ``None`` where the reference runs."""
+class Launch(NamedTuple):
+    """How a request is launched.
+
+    Attributes:
+        plan: its kernel.
+        splits: blocks that share a head's keys, of one cluster; 0 of ``stream.cu``, whose blocks share all keys.
+        warps: of a block. each: blocks of a multiprocessor, of sms. left: bytes a block leaves for another.
+    """
+
+    plan: Plan
+    splits: int
+    warps: int
+    each: int
+    sms: int
+    left: int
+
+    def blocks(self, pairs: int, slots: int) -> int:
+        """Of a grid."""
+        return pairs * self.splits or cost.stream_blocks(pairs, slots, self.warps, self.each, self.sms)
+
+    def run(self, pairs: int, slots: int, *given: int | float, alone: bool = False) -> None:
+        """Launch, with what :func:`arguments` returns, tensors as their addresses."""
+        blocks = self.blocks(pairs, slots)
+        if not self.splits:
+            size = workspace.FLAG_BYTES + blocks * self.left
+            given = *given, workspace.address(self.plan.device, size), pairs
+        self.plan.launch((blocks, 1, 1), *given, alone=alone)
 
 
-def _make(spec: cost.Spec, device: int) -> tuple[Plan, int] | None:
+_PLANS: dict[tuple[cost.Spec, int], Launch | None] = {}
+"""By request and device; ``None`` where the reference runs."""
+
+
+def launch_of(spec: cost.Spec, chosen: Candidate, device: int) -> Launch:
+    """The kernel of a candidate that is not the reference, built and loaded."""
     card = hardware.current(device)
     assert card is not None, "a CUDA tensor without a CUDA device"
-    chosen = cost.choose(spec, card).pick
-    if chosen.variant != "cuda":
-        return None
     config = dict(chosen.config)
+    splits = config.get("SPLITS", 0)
     plan = Plan(
-        compile_kernel(source(spec, chosen.config), card.arch),
-        PARAMETERS,
+        compile_kernel(source(spec, chosen), card.arch),
+        PARAMETERS[chosen.variant],
         device=device,
         threads=32 * config["WARPS"],
         shared_bytes=config["SHARED"],
-        cluster=config["SPLITS"],
+        cluster=splits or 1,
         overlap=True,
     )
-    return plan, config["SPLITS"]
+    return Launch(plan, splits, config["WARPS"], config.get("EACH", 0), card.sms, cost.stream_left(spec))
+
+
+def _make(spec: cost.Spec, device: int) -> Launch | None:
+    chosen = cost.choose(spec, hardware.current(device)).pick
+    return None if chosen.variant == "reference" else launch_of(spec, chosen, device)
 
 
 def arguments(
@@ -178,7 +213,7 @@ def arguments(
     still: Tensor | None, turned: Tensor | None, sink_cos: Tensor | None, sink_sin: Tensor | None,
     out: Tensor, scale: float, eps: float,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """What ``decode_attention.cu`` takes, in its order: tensors, then numbers."""
+    """What both kernels take, in their order: tensors, then numbers."""
     strides = [stride for t in (q, k, v) for stride in t.stride()[:2]]
     turn = 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)
     return (
@@ -203,7 +238,6 @@ def cuda(
     entry = _PLANS[key]
     if entry is None:
         return _reference(*given)
-    plan, splits = entry
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     if cos is not None and sin is not None and (cos.stride(1) != 1 or cos.stride() != sin.stride()):
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -217,7 +251,7 @@ def cuda(
             eps,
         )  # fmt: skip
         pointers = [0 if t is None else t.data_ptr() for t in taken[:16]]
-        plan.launch((keys.shape[0] * keys.shape[1] * splits, 1, 1), *pointers, *taken[16:], alone=not settled)
+        entry.run(keys.shape[0] * keys.shape[1], keys.shape[2], *pointers, *taken[16:], alone=not settled)
     return out
 
 
@@ -309,7 +343,8 @@ def decode_attention(
         scale: of scores; ``1 / sqrt(D)`` where ``None``.
         settled: the cache, ``slot``, ``seen`` and the angles were not written by the kernel before this one on the
             stream; then they are read while it still runs. ``q``, ``k`` and ``v`` may be.
-        variant: ``"auto"``, ``"cuda"`` or ``"reference"``.
+        variant: ``"auto"``, ``"cuda"`` (blocks of a cluster share a head's keys), ``"stream"`` (all blocks share all
+            keys) or ``"reference"``.
 
     Returns:
         ``[B, Hq, D]``, contiguous, the dtype of ``q``.

@@ -57,7 +57,6 @@ few_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restr
     // Padding is zero. What will be read comes into L2 while the previous kernel still runs.
     if (threadIdx.x == 0) {
         barrier_init(all_there, 1);
-        barrier_expect(all_there, CLUSTER * WARPS * 16);
         barrier_init_done();
     }
     const X* const mine = x + token * row_stride;
@@ -71,6 +70,7 @@ few_kernel(const X* __restrict__ x, const X* __restrict__ left, const X* __restr
         for (int i = threadIdx.x * 8; i < MP * LS; i += THREADS * 8) *reinterpret_cast<uint4*>(shared_left + i) = uint4{0, 0, 0, 0};
     }
     __syncthreads();
+    if (threadIdx.x == 0) barrier_expect(all_there, CLUSTER * WARPS * 16);
     cluster_arrive();  // this block's barrier is there
     wait_for_previous();
     allow_next();

@@ -317,8 +317,8 @@ def fused_ln_qkv_gptq(
         kind: ``"layernorm"`` or ``"rmsnorm"``.
         kv_features: the width of K and of V where it is not H (grouped queries); Q has what is left of N.
         checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``: how zero points are stored.
-        variant: ``"auto"``, ``"wgmma"`` or ``"stream"`` (one launch, few rows), ``"composed"`` (one kernel after the
-            other) or ``"reference"``.
+        variant: ``"auto"``; ``"digits"`` (one row), ``"wgmma"`` or ``"stream"`` (few): one launch; ``"composed"`` (one
+            kernel after the other) or ``"reference"``.
 
     Returns:
         ``[3, B, S, H]``, three contiguous planes, when Q, K and V are each H wide; else a tuple of three contiguous

@@ -79,6 +79,16 @@ PAIRS = 66
 """Clusters of two blocks, one block an SM, that run at once on 132 SMs."""
 
 
+DIGITS_US = (1.55, 1e-4, 1.02, 3.3)
+"""us of a call of digits.cu, and of one feature of x; how many times longer than a plain read the weights take; us of
+the shortest call, as it waits for one thing after the other.
+Fitted to results/h200/w4a16.jsonl."""
+DIGITS_NORM_US = {"": 0.0, "layernorm": 1.4, "rmsnorm": 0.4}
+"""What a norm adds to it: every block has one of the whole row."""
+DIGITS_SHARE = 1.3
+"""What one multiprocessor can read at most, in shares of the bandwidth that all of them have together."""
+
+
 ONLY_NIBBLES = "for 4-bit weights; wgmma.cu and gemm.cu have those of 8"
 
 
@@ -252,6 +262,71 @@ def wgmma_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
     return f"{spec.m} rows of {spec.k} features do not fit in the shared memory of a cluster"
 
 
+def digits_shape(spec: Spec, hardware: Hardware) -> dict[str, int] | str:
+    """The constants of ``digits.cu`` for a request, or why it can't run it."""
+    if hardware.capability != (9, 0):
+        return "needs the wgmma of compute capability 9.0"
+    if spec.bits != 4:
+        return "for 4-bit weights"
+    if spec.m > 1:
+        return "for one row"
+    if spec.group_size not in (32, 64) and spec.group_size % 128 and spec.group_size < spec.k:
+        return f"group_size {spec.group_size} is neither 32, 64 nor a multiple of 128"
+    pairs = spec.activation == "silu_mul"
+    if pairs and spec.n % 128:
+        return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
+    tried = [digits_form(spec, form) for form in _digit_forms(spec)]
+    fits = (config for config in tried if config["BLOCKS"] * (config["SHARED"] + 1024) <= hardware.shared_bytes + 1024)
+    return next(fits, f"{spec.k} features do not fit in shared memory")
+
+
+DigitForm = tuple[int, int, int, int, int, int]
+"""Of digits.cu: TEAMS, SLICES, PER, CLUSTER, AHEAD, BLOCKS."""
+
+
+def _digit_forms(spec: Spec) -> list[DigitForm]:
+    """The forms of ``digits.cu`` for a request, the best first; the first that fits is taken."""
+    units, crowded = math.ceil(spec.k / 256), spec.group_size < min(128, spec.k)  # of one of two blocks
+    if spec.activation == "silu_mul":
+        turns = spec.n / (256 * PAIRS)
+        # 16.9 us beside 17.7 at 28672 x 4096; 14.7 beside 14.3 at 22016 x 4096, where the second turn is nearly empty.
+        wide: DigitForm = (4, 1, 1, 2, 4, 1)
+        pairs: list[DigitForm] = [(2, 2, 1, 2, 4, 2)] if crowded else [(2, 2, 2, 2, 3, 1), (2, 2, 1, 2, 4, 2)]
+        first = [wide, *pairs] if turns > 0.8 * math.ceil(turns) and not crowded else [*pairs, wide]
+        return [*first, (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1), (4, 1, 1, 8, 2, 1)]
+    # Two units at a time hide half of their latency, where a group is not so small that their sums are too many.
+    if crowded:
+        forms: list[DigitForm] = [(1, 2, 1, 2, 3, 2)]
+    elif spec.k > 4608:  # 10.2 us beside 10.9 at 4096 x 14336, 29.6 beside 30.6 at 28672 x 8192
+        forms = [(1, 4, 2, 2, 3, 1), (1, 4, 2, 2, 2, 1)]
+    elif -(-units // 4) * 4 > 1.1 * units:  # 5.5 us beside 6.6 at 7680 x 2560
+        forms = [(1, 2, 1, 2, 5, 3)]
+    elif spec.norm or 4224 < spec.n <= 11264:  # 7.6 us beside 8.1 at 11008 x 4096, 8.7 beside 8.0 at 12288 x 4096
+        forms = [(1, 2, 2, 2, 3, 2)]
+    else:
+        forms = [(1, 2, 2, 2, 4, 2)]
+    return [*forms, (1, 2, 1, 2, 5, 3), (1, 2, 1, 2, 4, 2), (1, 2, 1, 2, 2, 1), (1, 2, 1, 4, 2, 1)]
+
+
+def digits_form(spec: Spec, form: DigitForm) -> dict[str, int]:
+    """The constants of ``digits.cu`` in one of its forms."""
+    teams, slices, per, cluster, ahead, blocks = form
+    parts = 128 // spec.group_size if spec.group_size < min(128, spec.k) else 1
+    units, warps = math.ceil(math.ceil(spec.k / 64) / (2 * cluster)), 4 * teams * slices
+    stages = math.ceil(units / (slices * per))
+    ahead, buffers = min(ahead, max(2, stages)), 2
+    x = units * 8 * 80 + 128
+    stage = teams * slices * per * _unit_bytes(spec, parts)
+    counts = math.ceil(units / 4) * 4 + units * parts * 8
+    sums = buffers * slices * 4 * teams * 16 + 4 * warps * bool(spec.norm)
+    whole = spec.k * 2 * spec.perm
+    shared = math.ceil((x + ahead * stage) / 16) * 16 + 4 * (counts + sums) + whole + (2 * ahead + 2 * buffers) * 8
+    return {
+        "TEAMS": teams, "SLICES": slices, "PER": per, "CLUSTER": cluster, "AHEAD": ahead, "BUFFERS": buffers,
+        "BLOCKS": blocks, "SHARED": shared,
+    }  # fmt: skip
+
+
 def _both(a: float, b: float) -> float:
     """Of two things that go on at a time: hardly more than the longer one, unless they are as long."""
     return (a**4 + b**4) ** 0.25
@@ -363,6 +438,7 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     features = 64 * config["TEAMS"] if variant == "wgmma" else 16 * config["STRIPS"] * config["WARPS_N"]
     reason = f"{config['TILE_M']} rows x {features} features a tile, K in {config['CLUSTER'] * config['SLICES']} parts"
     if variant == "wgmma":
+        start += 1.2e-4 * max(0, spec.k - 4096) * (spec.m <= 8)  # more of x before the first product
         if config.get("GATHERED"):
             start, reason = start + 1.2 * GATHER_US, f"{reason}, x gathered before"
         elif spec.perm:
@@ -386,6 +462,25 @@ def _whole(spec: Spec, hardware: Hardware, variant: str) -> Candidate:
     return Candidate(variant, tuple(config.items()), start + slower * memory, reason)
 
 
+def _by_digits(spec: Spec, hardware: Hardware, config: dict[str, int] | str) -> Candidate:
+    """``digits.cu`` with these constants, predicted."""
+    if isinstance(config, str):
+        return Candidate("digits", (), None, config, refused=True)
+    # Blocks are spread over the GPU evenly, so that one multiprocessor has one more than another.
+    blocks = math.ceil(spec.n / (64 * config["TEAMS"])) * config["CLUSTER"]
+    each = blocks / hardware.sms
+    uneven = math.ceil(each) / each if each > 1 else max(1.0, 1 / (DIGITS_SHARE * each))
+    uneven = 1.1 if spec.activation == "silu_mul" else uneven  # several tiles a worker, not all at once
+    start, feature, slower, least = DIGITS_US
+    slower *= 1.12 if spec.group_size < min(128, spec.k) else 1.0
+    memory = spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6)
+    us = max(least, start + feature * spec.k + slower * uneven * memory) + DIGITS_NORM_US[spec.norm] + 0.4 * spec.perm
+    parts = config["CLUSTER"] * config["SLICES"]
+    return Candidate(
+        "digits", tuple(config.items()), us, f"one row x {64 * config['TEAMS']} features a tile, K in {parts} parts"
+    )
+
+
 def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     """Every variant for this request, predicted or refused. ``hardware`` is ``None`` on a CPU."""
     weight_bytes = spec.weight_bytes
@@ -402,7 +497,7 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     elif spec.dtype not in HALF:
         reason = f"needs float16 or bfloat16 activations, got {spec.dtype}"
     if reason or hardware is None:
-        names = ("mma", "wgmma", "gemm", "stream", *(("composed",) if spec.around else ()))
+        names = ("mma", "digits", "wgmma", "gemm", "stream", *(("composed",) if spec.around else ()))
         return [*(Candidate(name, (), None, reason, refused=True) for name in names), reference]
     tile, slices, slower = next((t for t in TILES if spec.m <= t[0]), TILES[-1])
     slices = min(slices, 4) if spec.perm else slices
@@ -413,9 +508,10 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
     mma = Candidate("mma", config, LAUNCH_US + max(memory, maths), reason)
     if spec.bits != 4:
         mma = Candidate("mma", (), None, ONLY_NIBBLES, refused=True)
-    whole = [_whole(spec, hardware, "wgmma"), _gemms(spec, hardware)[0], _whole(spec, hardware, "stream")]
+    whole = [_by_digits(spec, hardware, digits_shape(spec, hardware)), _whole(spec, hardware, "wgmma")]
+    whole += [_gemms(spec, hardware)[0], _whole(spec, hardware, "stream")]
     if spec.out_dtype is not None:
-        mma, whole[2] = (Candidate(name, (), None, "writes the dtype of x", refused=True) for name in ("mma", "stream"))
+        mma, whole[3] = (Candidate(name, (), None, "writes the dtype of x", refused=True) for name in ("mma", "stream"))
     if not spec.around:
         return [mma, *whole, reference]
     # Each kernel around the product starts, and moves about one tensor in and one out.
@@ -429,12 +525,17 @@ def candidates(spec: Spec, hardware: Hardware | None) -> list[Candidate]:
 
 
 CONTENDERS, BEHIND = 8, 1.5
-"""How many forms of gemm.cu are worth measuring, and how many times slower than the fastest they may be predicted."""
+"""How many forms of gemm.cu are worth measuring, and how many times slower than the fastest they may be predicted. Of
+digits.cu there are few, all measured."""
 
 
 def contenders(spec: Spec, hardware: Hardware) -> list[Candidate]:
-    """What tuning measures: every variant that can run, ``gemm.cu`` in several forms; not the reference."""
-    able = [c for c in candidates(spec, hardware) if not c.refused and c.variant not in ("gemm", "reference")]
+    """What tuning measures: every variant that can run, ``gemm.cu`` and ``digits.cu`` in several forms, but for the
+    reference."""
+    able = [c for c in candidates(spec, hardware) if not c.refused and c.variant not in ("gemm", "digits", "reference")]
+    if not isinstance(digits_shape(spec, hardware), str):
+        tried = [digits_form(spec, form) for form in dict.fromkeys(_digit_forms(spec))]
+        able += [_by_digits(spec, hardware, config) for config in tried if config["SHARED"] <= hardware.shared_bytes]
     forms = [c for c in _gemms(spec, hardware) if not c.refused][:CONTENDERS]
     return able + [c for c in forms if (c.us or 0.0) <= BEHIND * (forms[0].us or 0.0)]
 

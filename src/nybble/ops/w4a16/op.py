@@ -25,8 +25,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu_mul")
 
-KERNELS = {variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "gemm", "stream")}
-PARAMETERS = {"mma": "8q", "wgmma": "11qd", "gemm": f"{MAP}8q", "stream": "11qd", "gather": "4q"}
+KERNELS = {
+    variant: PACKAGE / "ops" / "w4a16" / f"{variant}.cu" for variant in ("mma", "wgmma", "gemm", "stream", "digits")
+}
+PARAMETERS = {"mma": "8q", "wgmma": "11qd", "digits": "11qd", "gemm": f"{MAP}8q", "stream": "11qd", "gather": "4q"}
 GATHER, GATHER_THREADS = PACKAGE / "ops" / "w4a16" / "gather.cu", 128
 
 _INF = float("inf")
@@ -388,7 +390,9 @@ def source(spec: cost.Spec, candidate: Candidate) -> Source:
         ("BIAS", spec.bias),
     )
     if candidate.variant in ("wgmma", "gemm"):
-        constants += (("BITS", spec.bits), ("Y", spec.out_dtype or spec.dtype))
+        constants += (("BITS", spec.bits),)
+    if candidate.variant in ("wgmma", "gemm", "digits"):
+        constants += (("Y", spec.out_dtype or spec.dtype),)
     if candidate.variant != "mma":
         split1, split2 = spec.splits or (spec.n, spec.n)
         constants += (
@@ -452,10 +456,9 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
     cluster = config.get("CLUSTER", 1)
     if chosen.variant == "stream":
         features, threads = 16 * config["WARPS_N"] * config["STRIPS"], 32 * config["WARPS_N"] * config["SLICES"]
-    else:  # a warp more in wgmma.cu, a warpgroup in gemm.cu, to ask for the weights
-        copying = 32 if chosen.variant == "wgmma" else 128
-        features = 32 * config.get("HALVES", 2) * config["TEAMS"]
-        threads = 128 * config["TEAMS"] * config.get("SLICES", 1) + copying
+    else:  # a warp more in wgmma.cu and digits.cu, a warpgroup in gemm.cu, to ask for the weights
+        copying = 128 if chosen.variant == "gemm" else 32
+        features, threads = 64 * config["TEAMS"], 128 * config["TEAMS"] * config.get("SLICES", 1) + copying
     plan = Plan(
         binary,
         PARAMETERS[chosen.variant],
@@ -466,8 +469,8 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
         overlap=card.capability >= (9, 0),
     )
     tiles = -(-spec.n // features)
-    # The workers of wgmma.cu take tile after tile, so there are as many as run at once; so do the blocks of gemm.cu.
-    workers = min(tiles, plan.clusters_at_once()) if chosen.variant == "wgmma" else tiles
+    # Workers that take tile after tile are as many as run at once; so are the blocks of gemm.cu.
+    workers = min(tiles, plan.clusters_at_once()) if chosen.variant in ("wgmma", "digits") else tiles
     gather = None
     if config.get("GATHERED"):
         gathering = compile_kernel(gather_source(spec), card.arch)
@@ -480,7 +483,8 @@ def _make(spec: cost.Spec, device: int) -> Ready | str:
             most = min(most, workspace.FLAG_BYTES // (16 * config["TEAMS"] * cluster))  # four flags a warpgroup
             left = workspace.FLAG_BYTES + most * cluster * features * tile_m * 4
         return Ready("gemm", plan, tile_m, across, most, tile_m // wide, left, gather, {}, {})
-    return Ready(chosen.variant, plan, config["TILE_M"], workers * cluster, 0, 0, 0, gather, {}, {})
+    tile_m = config.get("TILE_M", 1)  # digits.cu has one row
+    return Ready(chosen.variant, plan, tile_m, workers * cluster, 0, 0, 0, gather, {}, {})
 
 
 # The operator takes the packed weight's fields one by one, as torch's schemas know no classes. PyTorch leaves out
@@ -644,10 +648,10 @@ def w4a16_linear(
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"silu_mul"``: ``silu(gate) * up``, where the first half of
             the N output features is the gate and the second half is up.
         residual: the shape of the result, the dtype of ``x``; added last.
-        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"wgmma"`` (all of it, at
-            most 64 rows, Hopper), ``"gemm"`` (all but a norm, many rows, Hopper), ``"stream"`` (as wgmma, on other
-            GPUs), ``"reference"``; ``"composed"``, one kernel after the other, where there is anything around the
-            product.
+        variant: ``"auto"`` (the cost model's pick), ``"mma"`` (the product and a bias), ``"digits"`` (all of
+            it, one row, Hopper), ``"wgmma"`` (all of it, at most 64 rows, Hopper), ``"gemm"`` (all but a norm, many
+            rows, Hopper), ``"stream"`` (as wgmma, on other GPUs), ``"reference"``; ``"composed"``, one kernel after
+            the other, where there is anything around the product.
 
     Returns:
         ``[..., N]``, or ``[..., N / 2]`` with silu_mul; contiguous, the dtype of ``x``.
@@ -655,9 +659,10 @@ def w4a16_linear(
     Raises:
         TypeError: a dtype. ValueError: a shape, device or value. UnsupportedError: the variant can't run here.
 
-    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only from
-        129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. A norm
-        has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
+    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only
+        from 129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. One
+        row of ``x`` may be taken in steps of 2^-30 of the largest of 128 neighbours, and its result is NaN where it is
+        not finite. A norm has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
         residual are fp32, and the result is rounded once; composed, after each kernel. Deterministic. NaN and Inf in a
         row of ``x`` reach that row of ``y`` only.
     """
