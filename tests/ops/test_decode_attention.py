@@ -219,8 +219,11 @@ def test_short_caches_are_a_clusters_and_long_ones_everybodys() -> None:
 
 
 def test_a_stream_has_no_more_blocks_than_run_at_once() -> None:
-    assert cost.stream_blocks(8, 32768, 8, 1, 132) == 132
-    assert cost.stream_blocks(8, 32768, 4, 2, 132) == 264
+    assert cost.stream_blocks(8, 32768, 8, 1, 132) == 128  # 16 a head
+    assert cost.stream_blocks(9, 32768, 8, 1, 132) == 126
+    assert cost.stream_blocks(50, 32768, 8, 1, 132) == 132  # 100 would be too few
+    assert cost.stream_blocks(256, 32768, 4, 2, 132) == 256
+    assert cost.stream_blocks(512, 32768, 4, 2, 132) == 264
     assert cost.stream_blocks(8, 100, 8, 1, 132) == 7  # seven tiles a head, a tile a warp
     assert cost.stream_blocks(1, 1, 8, 1, 132) == 1
 

@@ -172,8 +172,9 @@ def test_8_bits_are_for_wgmma_and_gemm() -> None:
 
 def test_forms_of_one_row_are_those_that_the_kernel_has() -> None:
     for case in (
-        W4A16Case(1, 12288, 4096), W4A16Case(1, 4096, 14336, 32, symmetric=False), W4A16Case(1, 7680, 2560, act_order=True),
-        W4A16Case(1, 28672, 4096, activation="silu_mul"), W4A16Case(1, 22016, 4096, 64, norm="rmsnorm", activation="silu_mul"),
+        W4A16Case(1, 12288, 4096), W4A16Case(1, 4096, 14336, 32, symmetric=False),
+        W4A16Case(1, 7680, 2560, act_order=True), W4A16Case(1, 28672, 4096, activation="silu_mul"),
+        W4A16Case(1, 22016, 4096, 64, norm="rmsnorm", activation="silu_mul"),
     ):  # fmt: skip
         forms = [dict(c.config) for c in cost.contenders(case.spec(), H200) if c.variant == "digits"]
         assert len(forms) > 3

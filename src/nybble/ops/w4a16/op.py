@@ -659,11 +659,11 @@ def w4a16_linear(
     Raises:
         TypeError: a dtype. ValueError: a shape, device or value. UnsupportedError: the variant can't run here.
 
-    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only
-        from 129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. One
+    Numerics: ``q - zero`` is exact, products and sums are fp32, the scale multiplies the fp32 sum of a group. Only from
+        129 rows on may ``scale * (q - zero)`` be rounded to the dtype of ``x`` first, as a 16-bit model has it. One
         row of ``x`` may be taken in steps of 2^-30 of the largest of 128 neighbours, and its result is NaN where it is
-        not finite. A norm has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias, activation and
-        residual are fp32, and the result is rounded once; composed, after each kernel. Deterministic. NaN and Inf in a
-        row of ``x`` reach that row of ``y`` only.
+        not finite. A norm has fp32 statistics and is rounded once to the dtype of ``x``, as the product reads it. Bias,
+        activation and residual are fp32, and the result is rounded once; composed, after each kernel. Deterministic.
+        NaN and Inf in a row of ``x`` reach that row of ``y`` only.
     """
     return run(x, weight, bias, variant, residual, norm, "" if activation is None else activation, 0, 0, WORDS)
