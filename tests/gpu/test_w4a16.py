@@ -473,7 +473,7 @@ def test_8_bits_elsewhere_run_the_reference() -> None:
 @pytest.mark.parametrize("form", cost.GEMM_FORMS, ids=str)
 @pytest.mark.parametrize("m", [13, 31, 61, 200])
 def test_every_form_of_gemm(
-    m: int, form: tuple[int, int, int, int, int, int], bits: int, monkeypatch: pytest.MonkeyPatch
+    m: int, form: tuple[int, int, int, int, int], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several tiles a block, the last not full, and parts of K of different lengths; over and over, in a graph too."""
     _runs("gemm")

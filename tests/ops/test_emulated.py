@@ -233,15 +233,6 @@ MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(40, 64, 1096), (64, 1, 1, 2, 1, 1), 2, 7),
     (W4A16Case(20, 512, 640, 32, activation="silu_mul"), (16, 2, 1, 1, 1, 1), 2, 3),
     (W4A16Case(130, 384, 256), (128, 1, 1, 1, 1, 1), 2, 5),
-    # Two times 64 features a warpgroup, in turn.
-    (W4A16Case(64, 400, 512), (64, 2, 1, 1, 1, 0, 0, 4), 3, 1),
-    (W4A16Case(61, 520, 712, 64, BRAIN, symmetric=False, bias=True), (64, 2, 1, 2, 1, 1, 0, 4), 2, 2),
-    (W4A16Case(130, 200, 456, 16, symmetric=False, act_order=True), (64, 1, 1, 1, 1, 1, 0, 4), 2, 3),
-    (W4A16Case(40, 264, 1096, 32, residual=True, activation="gelu"), (64, 2, 1, 1, 1, 1, 0, 4), 2, 3),
-    (W4A16Case(50, 136, 384, -1, BRAIN, scale_dtype=FLOAT), (64, 1, 1, 1, 1, 0, 0, 4), 2, 1),
-    (W4A16Case(40, 320, 128), (64, 1, 1, 1, 1, 1, 0, 4), 0, 2),
-    (W4A16Case(20, 400, 456, 32, BRAIN, symmetric=False, bias=True), (32, 2, 1, 1, 1, 1, 0, 4), 2, 3),
-    (W4A16Case(13, 328, 712, scale_dtype=FLOAT), (16, 2, 1, 2, 1, 0, 0, 4), 2, 1),
     # One stage a tile, and several tiles: the ring, of the size that is chosen, must hold the next tile's as well.
     (W4A16Case(40, 320, 128), (64, 1, 1, 1, 1, 0), 0, 1),
     (W4A16Case(20, 384, 256), (32, 1, 2, 1, 1, 0), 0, 1),
@@ -259,9 +250,8 @@ def many(case: W4A16Case, form: cost.Form, ahead: int, clusters: int, splits: tu
     config["AHEAD"] = ahead or config["AHEAD"]
     y = torch.full((case.m, case.n_out), float("nan"), dtype=case.dtype)
     x = inputs.x if weight.perm is None else inputs.x[:, weight.perm.long()]
-    tile, teams, slices, cluster, ways = form[:5]
-    features = 32 * config["HALVES"] * teams
-    left = torch.full((workspace.FLAG_BYTES + clusters * cluster * features * tile * 4,), 255, dtype=torch.uint8)
+    tile, teams, slices, cluster, ways, _ = form
+    left = torch.full((workspace.FLAG_BYTES + clusters * cluster * 64 * teams * tile * 4,), 255, dtype=torch.uint8)
     left[: workspace.FLAG_BYTES] = 0
     emulate.launch(
         linear_op.source(spec, Candidate("gemm", tuple(config.items()))), "tqqqqqqqn",
@@ -283,23 +273,6 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(260, 520, 968, 64, BRAIN, bias=True), (256, 2, 1, 2, 1, 1), 2, 3),
     (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
     (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
-    (W4A16Case(200, 400, 456, 64, symmetric=False, bias=True), (128, 3, 1, 1, 1, 0, 1), 2, 2),  # half a unit at the end
-    (W4A16Case(140, 640, 512, 256, BRAIN), (128, 3, 1, 2, 1, 0, 1), 2, 1),
-    (W4A16Case(300, 520, 968, residual=True, activation="gelu"), (128, 3, 1, 1, 1, 1, 1), 2, 5),
-    (W4A16Case(130, 200, 712, 16, BRAIN, symmetric=False), (128, 3, 1, 2, 1, 1, 1), 2, 3),
-    (W4A16Case(150, 256, 384, activation="silu_mul", residual=True), (128, 2, 1, 1, 1, 1, 1), 3, 2),
-    (W4A16Case(200, 200, 328, 64, BRAIN, symmetric=False, bits=8), (128, 3, 1, 1, 1, 1, 1), 2, 2),
-    (W4A16Case(200, 200, 712, 64), (128, 3, 1, 2, 2, 0, 1), 2, 1),
-    # A warpgroup with more than 64 features.
-    (W4A16Case(200, 400, 456, 64, symmetric=False, bias=True), (128, 2, 1, 1, 1, 0, 1, 4), 2, 2),
-    (W4A16Case(300, 648, 968, residual=True, activation="gelu"), (128, 2, 1, 1, 1, 1, 1, 4), 2, 3),
-    (W4A16Case(130, 200, 712, 16, BRAIN, symmetric=False), (128, 1, 1, 1, 1, 0, 1, 4), 2, 3),
-    (W4A16Case(140, 520, 512, 256), (128, 2, 1, 2, 1, 0, 1, 4), 2, 1),
-    (W4A16Case(200, 328, 456, 32, BRAIN, symmetric=False, bias=True), (128, 2, 1, 1, 1, 0, 1, 5), 2, 2),
-    (W4A16Case(2700, 400, 128, bias=True), (128, 2, 1, 1, 1, 0, 1, 5), 2, 3),  # bands of 8, 8, 4 and 2 tiles of rows
-    (W4A16Case(150, 648, 384), (128, 2, 1, 2, 1, 0, 1, 5), 2, 1),
-    (W4A16Case(300, 400, 968, residual=True), (128, 2, 1, 1, 1, 1, 1, 3), 2, 5),
-    (W4A16Case(200, 400, 328, 64, symmetric=False, bits=8), (128, 2, 1, 1, 1, 1, 1, 3), 2, 2),
 ]
 
 
@@ -336,7 +309,6 @@ BYTES_MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(300, 128, 512, bits=8), (256, 2, 1, 1, 1, 0), 2, 1),
     (W4A16Case(260, 200, 712, 64, BRAIN, symmetric=False, bias=True, bits=8), (256, 1, 1, 2, 1, 0), 2, 2),
     (W4A16Case(260, 256, 968, 16, symmetric=False, bits=8), (256, 2, 1, 1, 1, 1), 2, 3),
-    (W4A16Case(61, 264, 456, 64, BRAIN, symmetric=False, bits=8), (64, 2, 1, 1, 1, 1, 0, 4), 2, 3),
 ]  # fmt: skip
 
 

@@ -399,8 +399,6 @@ def test_the_pick_is_within_5_percent_of_the_fastest_row(case: W4A16Case) -> Non
     rows = Path(__file__).parents[2] / "results" / "h200" / "w4a16.jsonl"
     measured = {}
     for row in map(json.loads, rows.read_text().splitlines()):
-        if row["variant"] == "gemm" and "TILE_M" in row.get("config", {}):  # what older rows say by their tile
-            row["config"] = {"FOLD": int(row["config"]["TILE_M"] == 256), "HALVES": 2} | row["config"]
         same = (
             row["shape"] == case.shape()
             and row["dtype"] == dtype_name(case)
@@ -531,55 +529,6 @@ def test_a_gemm_launch_describes_x_once(plans: list[Recorder], monkeypatch: pyte
     (ready,) = op._PLANS.values()
     assert isinstance(ready, op.Ready)
     assert list(ready.maps) == [(inputs.x.data_ptr(), 40)]
-
-
-@pytest.mark.parametrize(("halves", "tiles", "left"), [(2, 4, 256), (5, 2, 640)])
-def test_a_gemm_launch_knows_how_many_features_a_tile_has(
-    halves: int, tiles: int, left: int, plans: list[Recorder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One tile of 128 rows; 960 features, in twos of 128 or of 320, and what a cluster may leave of as many."""
-    _pick(
-        monkeypatch, "gemm",
-        TILE_M=128, TEAMS=2, CLUSTER=2, WAYS=1, STREAM_K=1, HALVES=halves, AHEAD=2, SHARED=60000, GATHERED=0,
-    )  # fmt: skip
-    asked: list[int] = []
-    monkeypatch.setattr(Recorder, "clusters_at_once", lambda self: 7)
-    monkeypatch.setattr(op.workspace, "address", lambda device, size: asked.append(size) or 7)
-    inputs = W4A16Case(40, 960, 128).make()
-    op._launch(inputs.x, inputs.weight, None, "auto")
-    (plan,) = plans
-    assert plan.launches[0][0] == (2 * tiles, 1, 1)
-    assert plan.given["threads"] == 2 * 128 + 128
-    assert asked == [op.workspace.FLAG_BYTES + 7 * left * 128 * 4]
-
-
-def test_the_weight_is_rounded_from_129_rows_on_only() -> None:
-    """What W4A16Case.bound allows for."""
-    few, more = (cost.gemm_shapes(W4A16Case(m, 4096, 4096).spec(), H200) for m in (128, 129))
-    assert not isinstance(few, str)
-    assert not isinstance(more, str)
-    assert {config["FOLD"] for _, config in few} == {0}
-    assert {(config["TILE_M"], config["FOLD"]) for _, config in more} == {(64, 0), (128, 0), (128, 1), (256, 1)}
-    assert cost.gemm_shapes(W4A16Case(128, 4096, 4096).spec(), H200, ((128, 3, 1, 1, 1, 0, 1),)) == (
-        "no form of it fits this GPU's registers and shared memory"
-    )
-
-
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        ((128, 2, 1, 1, 1, 0, 1, 4), {"activation": "silu_mul"}),
-        ((128, 2, 1, 2, 2, 0, 1, 4), {}),
-        ((128, 2, 1, 1, 1, 0, 0, 4), {}),
-        ((128, 1, 1, 1, 1, 0, 1, 5), {}),
-        ((128, 4, 1, 1, 1, 0, 1, 2), {}),
-        ((256, 2, 1, 1, 1, 0, 1, 4), {}),
-        ((64, 2, 2, 1, 1, 0, 0, 4), {}),
-        ((64, 2, 1, 1, 1, 0, 0, 5), {}),
-    ],
-)
-def test_forms_of_gemm_that_there_are_not(form: cost.Form, options: dict[str, Any]) -> None:
-    assert isinstance(cost.gemm_shapes(W4A16Case(256, 4096, 4096, **options).spec(), H200, (form,)), str)
 
 
 @pytest.mark.parametrize(("at_once", "k", "clusters"), [(4, 256, 4), (100, 256, 12), (5000, 4096, 64)])

@@ -37,38 +37,32 @@ GATHER_US = 2.0
 after it starts later than after another product, so that few rows lose more."""
 BYTES_STREAM = 1.1
 """How many times longer than a plain read weights of 8 bits take wgmma.cu at least: what those of 4 take at one row."""
-Form = tuple[int, ...]
-"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K, and FOLD and HALVES where they are not 0 and 2;
-with 256 rows FOLD is 1 in any case."""
+Form = tuple[int, int, int, int, int, int]
+"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. 256 rows, and 128 with three TEAMS, have rounded weights."""
 GEMM_FORMS = (
-    (2, 1, 1, 1, 1, 2), (2, 1, 2, 1, 1, 2), (4, 1, 1, 1, 1, 2), (3, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1, 2),
-    (2, 1, 1, 1, 0, 2), (2, 1, 2, 1, 0, 2), (1, 1, 1, 1, 0, 2), (1, 1, 2, 2, 0, 2), (2, 1, 2, 2, 0, 2),
-    (3, 1, 2, 2, 0, 2), (1, 2, 1, 1, 0, 2), (1, 2, 2, 2, 0, 2), (1, 4, 1, 1, 0, 2), (1, 4, 2, 2, 0, 2),
-    (2, 2, 2, 2, 0, 2),
-    (3, 1, 1, 1, 0, 2), (3, 1, 2, 1, 0, 2), (3, 1, 2, 1, 1, 2), (2, 1, 1, 1, 0, 3),
-    (2, 1, 1, 1, 0, 4), (2, 1, 2, 1, 0, 4), (2, 1, 1, 1, 1, 4), (2, 1, 2, 1, 1, 4), (1, 1, 1, 1, 0, 4),
-    (1, 1, 1, 1, 1, 4), (2, 1, 1, 1, 0, 5), (2, 1, 2, 1, 0, 5),
+    (2, 1, 1, 1, 1), (2, 1, 2, 1, 1), (4, 1, 1, 1, 1), (3, 1, 1, 1, 1), (1, 1, 1, 1, 1),
+    (2, 1, 1, 1, 0), (2, 1, 2, 1, 0), (1, 1, 1, 1, 0), (1, 1, 2, 2, 0), (2, 1, 2, 2, 0), (3, 1, 2, 2, 0),
+    (3, 1, 1, 1, 0), (1, 2, 1, 1, 0), (1, 2, 2, 2, 0), (1, 4, 1, 1, 0), (1, 4, 2, 2, 0), (2, 2, 2, 2, 0),
 )  # fmt: skip
-"""What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K, HALVES. Of those with
-HALVES 2 those that were within 2 % of the fastest for some shape and number of rows, and what small N or zero points
-leave of them; then those for 128 rows with FOLD, and for up to 64 rows. Clusters of four lose: 30 of them run at once,
-of two 66."""
+"""What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Of the 32 that there
+are, those that were within 2 % of the fastest for some shape and number of rows, and what small N or zero points leave
+of them. Clusters of four lose: 30 of them run at once, of two 66. (3, 1, 1, 1, 0) is for 128 rows: 192 features are 128
+tiles of 12288 x 4096 at 256 rows, where there are 132 SMs."""
 UNIT_US = {
-    (16, 0, 2): (0.118, 0.112, 0.114, 0.093), (32, 0, 2): (0.177, 0.182, 0.155, 0.145),
-    (64, 0, 2): (0.3, 0.246, 0.223, 0.215), (128, 0, 2): (0.437, 0.373), (256, 1, 2): (0.723, 0.715),
-    (16, 0, 4): (0.13, 0.118), (32, 0, 4): (0.19, 0.16), (64, 0, 4): (0.22, 0.195),
-    (128, 1, 2): (0.43, 0.375, 0.36), (128, 1, 3): (0.0, 0.37), (128, 1, 4): (0.38, 0.365), (128, 1, 5): (0.0, 0.362),
+    16: (0.118, 0.112, 0.114, 0.093), 32: (0.177, 0.182, 0.155, 0.145), 64: (0.3, 0.246, 0.223, 0.215),
+    128: (0.437, 0.373, 0.35), 256: (0.723, 0.7),
 }  # fmt: skip
-"""us that gemm.cu's block takes for each of its units of 64 by 128 weights, by the tile's rows, FOLD and HALVES, and by
-the number of warpgroups: one has nothing to hide its unpacking behind. The first two lines are fitted to
-results/h200/w4a16.jsonl; the others are guesses, between those and half of what 256 rows take."""
+"""us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
+number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
 LONG = 0.21
 """How much longer very long calls take: the GPU lowers its clock. Half of it at 600 us."""
-LEFT_US = (1.9, 1e-5)
+LEFT_US = (1.9, 1.2e-5, 3e-5)
 """us of a share of tiles that begins or ends within one, and, by the square of a tile's rows of 64 features, of what is
-left to another block: twice the sums are read by threads with half the registers for it."""
-GEMM_US = (1.9, 0.9, 0.12)
-"""us of a call, of each turn of tiles, and of adding up one more part of K in a turn."""
+left to another block: twice the sums are read by threads with half the registers for it. The last is of 128 rows by 192
+features: three warpgroups have fewer registers than two."""
+GEMM_US = (1.9, 0.9, 0.12, 2.0)
+"""us of a call, of each turn of tiles, and of adding up one more part of K in a turn; with rounded weights and the part
+in the other block so much more."""
 GEMM_STREAM = 1.2
 """How many times longer than a plain read it takes the weights at least."""
 L2_BYTES_US = 60e3
@@ -334,60 +328,49 @@ def _both(a: float, b: float) -> float:
 
 def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[str, int]] | None:
     """The predicted us of a form of ``gemm.cu``, and its constants; ``None`` where it can't be built."""
-    tile, teams, slices, cluster, ways, stream_k, fold, halves = (*form, *(0, 2)[len(form) - 6 :])
-    fold = max(fold, int(tile == 256))  # the sums of a group apart from the tile's are more than there are registers
+    tile, teams, slices, cluster, ways, stream_k = form
     pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
-    blocks, features = teams * halves // 2, 32 * halves * teams
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
-    most = 2 if tile == 256 or (tile == 128 and not fold) else 3 if fold else 4  # four of 128 rows and FOLD spill
+    most = {128: 3 if spec.m > 128 else 2, 256: 2}.get(tile, 4)
     if (pairs and teams % 2) or warpgroups > most or (tile >= 128 and slices > 1):
         return None
-    if fold and (spec.m <= 128 or tile < 128):
-        return None  # up to 128 rows the weight is not rounded
-    if halves != 2 and ((tile == 128) != fold or tile > 128 or teams > 2 or slices > 1 or ways > 1 or pairs):
-        return None
-    if halves % 2 and (not fold or teams != 2 or (halves == 5 and stream_k)):
-        return None  # two warpgroups share 64 features; the last spills
+    fold = tile == 256 or (tile == 128 and teams == 3)  # up to 128 rows the weight is not rounded
     if tile == 256 and teams == 1 and stream_k:
         return None  # one warpgroup waits for its own exchange: 43.4 us beside 41.2
     crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias or spec.bits == 8
     if tile == 64 and (slices == 3 or (warpgroups == 4 and crowded)):
         return None  # spills
-    if fold and halves == 4 and stream_k and crowded:
-        return None  # spills
     of_block = math.ceil(units / ways)
     stages = math.ceil(of_block / slices)
-    stage = slices * (2 * tile * 128 + blocks * _unit_bytes(spec, parts))
+    stage = slices * (2 * tile * 128 + teams * _unit_bytes(spec, parts))
     own, rows = tile // ways, {128: 32, 256: 8}.get(tile, 16)
-    stage = math.ceil(stage / 1024) * 1024
-    if tile == 128 and fold:  # as many as leave room for the most stages
-        rows = max((32, 16, 8), key=lambda count: (hardware.shared_bytes - teams * count * 272 - 16) // (stage + 16))
     rest = teams * min(rows, own) * 68 * 4 + (ways * slices - 1) * teams * own * 64 * 4 + 16
+    stage = math.ceil(stage / 1024) * 1024
     fits = (hardware.shared_bytes - rest) // (stage + 16)
     ahead = min(8, max(2, stages), fits)  # two at the least: the next tile's first while this one's last is read
     least = 2 if spec.bits == 8 and tile == 256 else 3  # all that fits beside 256 rows of x
     if ahead < min(least, max(2, stages)) or (ways - 1) * of_block >= units:
         return None
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
-    turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (features * wide)) / at_once
+    turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * wide)) / at_once
     turns = max(turns, 1 / stages) if stream_k else math.ceil(turns)
-    start, turn, sums = GEMM_US
+    start, turn, sums, sent = GEMM_US
     # Each further group of a unit adds its sums up apart: by the count of instructions, a fused multiply-add a cycle.
-    unit = UNIT_US[tile, fold, halves][warpgroups - 1] + (parts - 1) * (1 - fold) * tile * 0.00028
-    us = turns * stages * blocks * slices * unit
+    unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * (not fold) * tile * 0.00028
+    us = turns * stages * warpgroups * unit
     if spec.bits == 8:
-        fetched = slices * (2 * tile * 128 // wide + blocks * _unit_bytes(spec, parts))
+        fetched = slices * (2 * tile * 128 // wide + teams * _unit_bytes(spec, parts))
         us = max(us, turns * stages * fetched / L2_BYTES_US)
-    us += math.ceil(turns) * (turn + sums * (ways * slices - 1))
+    us += math.ceil(turns) * (turn + sums * (ways * slices - 1) + sent * fold * (ways - 1))
     # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
-    us += stream_k * (LEFT_US[0] + LEFT_US[1] * (tile * blocks) ** 2 * max(1.0, 1 / turns))
+    us += stream_k * (LEFT_US[0] + LEFT_US[1 + (fold and teams == 3)] * (tile * teams) ** 2 * max(1.0, 1 / turns))
     us *= SHORT_RING if ahead < min(3, stages) else 1.0
     us *= 1 + LONG * us / (us + 600)
     memory = (GEMM_STREAM if spec.bits == 4 else 1.0) * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn
     config = {
         "TILE_M": tile, "TEAMS": teams, "SLICES": slices, "CLUSTER": cluster, "WAYS": ways,
-        "STREAM_K": stream_k, "FOLD": fold, "HALVES": halves, "EARLY": int(tile > 16 or halves > 2), "AHEAD": ahead,
-        "PASS_M": rows, "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
+        "STREAM_K": stream_k, "EARLY": int(tile > 16), "AHEAD": ahead, "PASS_M": rows,
+        "SHARED": ahead * (stage + 16) + rest, "GATHERED": int(spec.perm),
     }  # fmt: skip
     slower = 1.06 if spec.zeros or parts >= 4 or spec.dtype == torch.bfloat16 else 1.0  # 12.0 to 12.4 us beside 11.3
     return start + slower * _both(us, memory) + 1.4 * GATHER_US * spec.perm, config
@@ -407,9 +390,8 @@ def gemm_shapes(
         return f"group_size {size} is neither 16, 32, 64 nor a multiple of 128"
     if pairs and spec.n % 128:
         return f"silu_mul pairs 64 features of the two halves: N must be a multiple of 128, not {spec.n}"
-    tiles = [(min(128, max(16, spec.m)), 0)] + ([(64, 0)] if spec.m > 64 else [])
-    tiles += [(128, 1), (256, 1)] if spec.m > 128 else []
-    forms = forms or tuple((tile, *form[:5], fold, form[5]) for tile, fold in tiles for form in GEMM_FORMS)
+    tiles = [min(128, max(16, spec.m))] + ([64] if spec.m > 64 else []) + ([256] if spec.m > 128 else [])
+    forms = forms or tuple((t, *rest) for t in tiles for rest in GEMM_FORMS)
     built = [found for form in forms if (found := _gemm_form(spec, hardware, form))]
     return sorted(built, key=lambda found: found[0]) or "no form of it fits this GPU's registers and shared memory"
 
@@ -420,7 +402,7 @@ def _gemms(spec: Spec, hardware: Hardware) -> list[Candidate]:
         return [Candidate("gemm", (), None, found, refused=True)]
     candidates = []
     for us, config in found:
-        reason = f"{config['TILE_M']} rows x {32 * config['HALVES'] * config['TEAMS']} features a tile"
+        reason = f"{config['TILE_M']} rows x {64 * config['TEAMS']} features a tile"
         parts = config["WAYS"] * config["SLICES"]
         reason += f", K in {parts} parts" if parts > 1 else ", shared by units of K" if config["STREAM_K"] else ""
         candidates.append(Candidate("gemm", tuple(config.items()), us, reason))

@@ -8,29 +8,25 @@
 // Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, BITS / 4, 4,
 //               32]; scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 8 BITS]; bias: X [N]; residual: X [M, N or N / 2]; y: Y
 //               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; workspace:
-//               FLAG_BYTES of flags, zero before and after, and [blocks][TEAMS][4 warps][HALVES * TILE_M / 16][32 lanes][4] float,
-//               with STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
+//               FLAG_BYTES of flags, zero before and after, and [blocks][TEAMS][4 warps][TILE_M / 8][32 lanes][4] float, with
+//               STREAM_K; unused ones are null. With act-order x is gathered before (gather.cu). N64 = ceil(N / 64), K64 =
 //               ceil(K / 64); all 16-byte aligned
 // Layout        formats/tiles.py has the diagram; x in shared memory as wgmma.cuh wants B
 // Mapping       grid x: clusters of CLUSTER blocks, which take every (gridDim.x / CLUSTER)-th tile, row tiles first, so that
-//               clusters side by side share weights in L2. A block has TILE_M rows by 32 * HALVES * TEAMS output features. The blocks
+//               clusters side by side share weights in L2. A block has TILE_M rows by 64 * TEAMS output features. The blocks
 //               of a cluster have other features each, and fetch x for each other (WAYS = 1); or the same, and each a part of K
-//               (WAYS = CLUSTER). A warpgroup has 64 of the features, or 128 of them in turn, and every SLICES-th unit of 128
-//               input features; with odd HALVES both warpgroups have the last 64, each with half of the rows. One more
-//               warpgroup asks for the tiles. With STREAM_K clusters first share the tiles of the last turns evenly, by
+//               (WAYS = CLUSTER). A warpgroup has 64 of the features, and every SLICES-th unit of 128 input features; one
+//               more warpgroup asks for the tiles. With STREAM_K clusters first share the tiles of the last turns evenly, by
 //               units: whoever has the end of a tile adds what those before it have left in the workspace. So every cluster
 //               must have a unit: there are at most as many as units
 // Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
 //               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
 // Constants     BITS: 4, 8; X: half_t, bf16_t; Y: X or float; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a
-//               multiple of 128 or >= K; TILE_M: 16, 32, 64, 128, 256; FOLD: 0/1, from TILE_M 128 on, the scale is multiplied into the
-//               weight: 1 with 256, as the sums of a group beside those of the tile are more than there are registers; TEAMS,
-//               SLICES: together up to 4, at TILE_M 128 without FOLD and at 256 up to 2; HALVES: 2, or of one or two warpgroups without
-//               SLICES, WAYS and silu_mul 4, up to TILE_M 64 or with FOLD at 128, or 3, 5 with two and FOLD at 128: what a
-//               warpgroup has, in halves of 64 features by TILE_M rows; CLUSTER: 1, 2, 4; WAYS: 1 or CLUSTER;
-//               STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while the tensor cores still read the
-//               step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT: 0, 1 gelu,
-//               2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup has features of up)
+//               multiple of 128 or >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, without SLICES up to 3 at
+//               TILE_M 128 and 2 at 256; CLUSTER: 1, 2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1,
+//               weights are unpacked while the tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a
+//               time; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128,
+//               TEAMS even: every other warpgroup has features of up)
 // Roof          the larger of N * K * BITS / 8 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "arrive.cuh"
@@ -52,23 +48,18 @@ static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <
 
 using Weights = Packed<S, N, K, GROUP, ZEROS, BITS>;
 constexpr int K64 = Weights::K64, UNITS = Weights::UNITS, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
-constexpr int WHOLE = HALVES / 2, HELD = (HALVES + 1) / 2;  // of the 64 features that a warpgroup has: with all rows, and all
-constexpr int BLOCKS = TEAMS * HALVES / 2;  // of 64 features
-constexpr bool TURNS = WHOLE > 1 && !FOLD;  // sums of one's groups are added up while the other's are multiplied
-constexpr int TOGETHER = TURNS ? 1 : PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
+constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
+// Where there are no registers for the sums of a group beside those of the tile, scales are multiplied into weights.
+constexpr bool FOLD = TILE_M == 256 || (TILE_M == 128 && TEAMS == 3);
 constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
 // Scales that are multiplied into fp16 weights are made larger, so that weights down to 2^-20 keep all their bits.
 // bf16 weights of 8 bits are smaller by as much as their scales are larger.
 constexpr float LARGER = FOLD && same<X, half_t> ? 64.0f : Weights::LARGER<X>;
-static_assert(!FOLD || (EARLY && SLICES == 1 && TILE_M >= 128), "no sums of a unit that are not of the tile");
-static_assert(HALVES == 2 || (SLICES == 1 && WAYS == 1 && ACT != SILU_MUL && EARLY), "more than 64 features of all of K");
-static_assert(HALVES == 2 || (FOLD ? TILE_M == 128 : HALVES == 4 && TILE_M <= 64), "more than there are registers");
-static_assert(HALVES % 2 == 0 || TEAMS == 2, "two share 64 features");
-static_assert(FOLD || TILE_M < 256, "two tiles' sums are more than there are registers");
+static_assert(!FOLD || (EARLY && SLICES == 1), "no sums of a unit that are not of the tile");
 static_assert(!EARLY || AHEAD > 1, "a stage is unpacked before the one before it has been read");
 static_assert(!STREAM_K || (SLICES == 1 && WAYS == 1), "K is shared in one way");
 constexpr int WARPGROUPS = TEAMS * SLICES, THREADS = 128 * WARPGROUPS;  // that compute
-constexpr int BLOCK_N = 64 * BLOCKS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
+constexpr int BLOCK_N = 64 * TEAMS, BLOCK_OUT = ACT == SILU_MUL ? BLOCK_N / 2 : BLOCK_N;
 constexpr int N_OUT = ACT == SILU_MUL ? N / 2 : N;
 
 // Blocks that share x fetch SHARE_M rows of a tile for all of them; of blocks that split K each owns OWN_M rows of the sums.
@@ -82,16 +73,17 @@ static_assert((WAYS - 1) * BLOCK_UNITS < UNITS, "every block has a part of K");
 constexpr int X_BYTES = 2 * TILE_M * 128, WEIGHT_BYTES = Weights::WEIGHT_BYTES;  // of a unit
 constexpr int SCALE_BYTES = Weights::SCALE_BYTES, ZERO_BYTES = Weights::ZERO_BYTES;  // of 64 output features
 constexpr int STAGE_WEIGHTS = SLICES * X_BYTES;
-constexpr int STAGE_SCALES = STAGE_WEIGHTS + BLOCKS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + BLOCKS * SLICES * SCALE_BYTES;
-constexpr int STAGE = (STAGE_ZEROS + BLOCKS * SLICES * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
+constexpr int STAGE_SCALES = STAGE_WEIGHTS + WARPGROUPS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + WARPGROUPS * SCALE_BYTES;
+constexpr int STAGE = (STAGE_ZEROS + WARPGROUPS * ZERO_BYTES + 1023) / 1024 * 1024;  // x begins at a multiple of 1024
 // Where even shares of an SM's registers are too few, the warpgroup that only asks gives its own away; all together have
 // what the launch gave them: 640 * 96, 512 * 128 and 384 * 168.
-constexpr bool CROWDED = TILE_M > 64 || (TILE_M == 64 && BITS == 8), LARGE = TILE_M > 64 || (TILE_M == 64 && HALVES > 2);
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 4 ? 32 : WARPGROUPS == 3 && CROWDED ? 32 : WARPGROUPS == 2 && LARGE ? 40 : 0;
+constexpr bool CROWDED = TILE_M > 64 || (TILE_M == 64 && BITS == 8);
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 4 ? 32 : WARPGROUPS == 3 && CROWDED ? 32 : WARPGROUPS == 2 && TILE_M > 64 ? 40 : 0;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 232;
 static_assert(WARPGROUPS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
 static_assert(WARPGROUPS != 3 || 3 * CONSUMER_REGISTERS + 32 <= 4 * 128, "more than there are");
-static_assert(WARPGROUPS != 2 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
+static_assert(TILE_M < 128 || (SLICES == 1 && TEAMS <= (TILE_M == 128 ? 3 : 2)), "more than there are");
+static_assert(WARPGROUPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
 constexpr int PASS = OWN_M < PASS_M ? OWN_M : PASS_M;  // rows of results at a time
 static_assert(OWN_M % PASS == 0, "passes of the same number of rows");
@@ -120,19 +112,11 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
     const int tiles_m = static_cast<int>((rows + TILE_M - 1) / TILE_M), tiles = tiles_m * TILES_N;
     // Tiles go down up to four along the rows, then on along the features, then to the next band of rows: what runs at a time
-    // reads the least of x and of the weight together, as a tile of x has four times the bytes of a tile of weights. Wide
-    // tiles of 128 rows go down eight.
+    // reads the least of x and of the weight together, as a tile of x has four times the bytes of a tile of weights.
     auto place_of = [](int tile, int tiles_m) {
-        constexpr bool EIGHT = FOLD && TILE_M == 128 && BLOCKS > 2;
-        const int above = EIGHT ? tiles_m / 8 : 0;  // bands of eight, of four thereafter
-        if (EIGHT && tile < above * 8 * TILES_N) {
-            const int band = tile / (8 * TILES_N), in_band = tile - band * (8 * TILES_N);
-            return Place{in_band / 8, band * 8 + in_band % 8};
-        }
-        tile -= above * 8 * TILES_N, tiles_m -= above * 8;
         const int band = tile / (4 * TILES_N), height = min(4, tiles_m - band * 4), in_band = tile - band * (4 * TILES_N);
         const int n = height == 3 ? in_band / 3 : in_band >> height / 2;  // in_band / height, by constants
-        return Place{n, above * 8 + band * 4 + in_band - n * height};
+        return Place{n, band * 4 + in_band - n * height};
     };
     const int wide_rank = rank / WAYS, rank_k = rank % WAYS;
     const int first_unit = rank_k * BLOCK_UNITS, units = min(BLOCK_UNITS, UNITS - first_unit);
@@ -162,9 +146,9 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         return Piece{tile, max(begins - tile * STAGES, 0), min(ends - tile * STAGES, STAGES)};
     };
 
-    // A block's t-th 64 features of N, those of warpgroups in turn; with silu_mul of its two halves in turn.
+    // The 64 features of N of a warpgroup; with silu_mul of its two halves in turn.
     auto features_of = [&](int tile_n, int t) {
-        const int at = (tile_n * WIDE + wide_rank) * BLOCKS + t;
+        const int at = (tile_n * WIDE + wide_rank) * TEAMS + t;
         if constexpr (ACT == SILU_MUL) return min(at / 2, N / 128 - 1) + at % 2 * (N / 128);
         return at;
     };
@@ -194,9 +178,9 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             const int chunks = min(2 * count, K64 - chunk);
             unsigned char* const to = shared + slot * STAGE;
             Barrier* const at = filled + slot;
-            barrier_expect(at, count * X_BYTES + BLOCKS * Weights::bytes(chunk, chunks));
+            barrier_expect(at, count * X_BYTES + TEAMS * Weights::bytes(chunk, chunks));
 #pragma unroll
-            for (int t = 0; t < BLOCKS; ++t) {
+            for (int t = 0; t < TEAMS; ++t) {
                 Weights::copy(to + STAGE_WEIGHTS + t * SLICES * WEIGHT_BYTES, to + STAGE_SCALES + t * SLICES * SCALE_BYTES,
                               to + STAGE_ZEROS + t * SLICES * ZERO_BYTES, qweight, scales, qzeros, features_of(n_tile, t), chunk, chunks, at);
             }
@@ -234,8 +218,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     if constexpr (CLUSTER > 1) cluster_wait();
     wait_for_previous();  // of this kernel's writes to y, and its reads of residual
 
-    const int mine = team * WHOLE * SLICES + slice;
-    auto held = [&](int j) { return j < WHOLE ? j : BLOCKS - 1 - team * WHOLE; };  // 64 features of this warpgroup, from `mine` on
+    const int mine = team * SLICES + slice;
     const unsigned x_rows = wgmma_rows(shared + slice * X_BYTES);
     const unsigned char* const my_weights = shared + STAGE_WEIGHTS + mine * WEIGHT_BYTES + strip * 512 + lane * 16;
     const unsigned char* const my_scales = shared + STAGE_SCALES + mine * SCALE_BYTES + (strip * 16 + row8 * 2) * sizeof(S);
@@ -247,18 +230,17 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
     expect();
     // Weights are unpacked a batch of steps ahead of the tensor cores, into the registers that they no longer read.
     unsigned a[2][BATCH][4];
-    auto unpack = [&](int at, int j, int batch, bool absent = false) {  // of the stage at `at` in the ring
+    auto unpack = [&](int at, int batch, bool absent = false) {  // of the stage at `at` in the ring
         constexpr int LOADED = Weights::LOADED, LOADS = BATCH > LOADED ? BATCH / LOADED : 1;
         const int from = batch * BATCH;
-        const auto words = Weights::load<LOADS>(my_weights + held(j) * WEIGHT_BYTES + at + from / LOADED * 2048);
+        const auto words = Weights::load<LOADS>(my_weights + at + from / LOADED * 2048);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             unsigned z = Weights::MIDDLE;
-            if constexpr (ZEROS) z = Weights::zeros_of(my_zeros + held(j) * ZERO_BYTES + (at + (from + i) / STEPS * Weights::ZERO_ROW));
+            if constexpr (ZEROS) z = Weights::zeros_of(my_zeros + (at + (from + i) / STEPS * Weights::ZERO_ROW));
             Weights::unpack<X>(words.word + (from + i) % (LOADS * LOADED) * Weights::WORDS, z, a[batch % 2][i]);
             if constexpr (FOLD) {
-                const unsigned char* const of_group = my_scales + held(j) * SCALE_BYTES + at + (from + i) / STEPS * 64 * sizeof(S);
-                const Vector<S, 2> of_rows = *reinterpret_cast<const Vector<S, 2>*>(of_group);
+                const Vector<S, 2> of_rows = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + (from + i) / STEPS * 64 * sizeof(S));
                 unsigned twice[2];
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -271,25 +253,14 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             }
         }
     };
-    if (EARLY && all > 0) barrier_wait(filled, 0), unpack(0, 0, 0);
+    if (EARLY && all > 0) barrier_wait(filled, 0), unpack(0, 0);
     int done = 0;  // stages
     for (int piece = 0; done < all; ++piece) {
         const Piece now_of = piece_of(piece);
         const int tile = now_of.tile, from = now_of.from, upto = now_of.upto;
-        float total[WHOLE][TILE_M / 2], common[TILE_M / 4];
+        float total[TILE_M / 2];
 #pragma unroll
-        for (int i = 0; i < WHOLE * TILE_M / 2; ++i) total[i / (TILE_M / 2)][i % (TILE_M / 2)] = 0.0f;
-        float turn_part[2][TILE_M / 2], turn_scale[2][2];  // TURNS: of the group that is multiplied, and of the one before it
-        auto add_turn = [&](int j, int which) {
-            arrived(turn_part[which]);
-#pragma unroll
-            for (int i = 0; i < TILE_M / 2; ++i) total[j][i] += turn_scale[which][i / 2 % 2] * turn_part[which][i];
-        };
-        if constexpr (TURNS) {  // before the first group there is none
-            turn_scale[1][0] = turn_scale[1][1] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < TILE_M / 2; ++i) turn_part[1][i] = 0.0f;
-        }
+        for (int i = 0; i < TILE_M / 2; ++i) total[i] = 0.0f;
 #pragma unroll 1
         for (int stage = from; stage < upto; ++stage) {
             const int unit = first_unit + stage * SLICES + slice, at = slot * STAGE;
@@ -303,91 +274,36 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 if (WIDE == 1) warp_arrive(used + slot_read, lane);
                 if (WIDE > 1 && number + AHEAD <= all) warp_arrive_at<CLUSTER>(used + slot_read, lane);
             };
-            auto first_done = [&] {  // a stage has been read when the next one's first products wait
-                if (stage > from) release((now == 0 ? AHEAD : now) - 1, done - 1);
-            };
-            auto scales_of = [&](int j, int group, float (&to)[2]) {
-                const unsigned char* const of_group = my_scales + held(j) * SCALE_BYTES + at + group * 64 * sizeof(S);
-                const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(of_group);
-                to[0] = to_float(pair.lane[0]) * LARGER, to[1] = to_float(pair.lane[1]) * LARGER;
-                // Half a unit has no scales for its other half, only what was in the ring before.
-                if (K64 % 2 != 0 && PARTS > 1 && group >= PARTS / 2 && unit * 2 + 1 >= K64) to[0] = to[1] = 0.0f;
-            };
-            if constexpr (FOLD) {  // the tensor cores add up all of K
+            if constexpr (FOLD) {  // the tensor cores add up all of K; a stage has been read when the next one's first products wait
 #pragma unroll
-                for (int j = 0; j < HELD; ++j)
+                for (int batch = 0; batch < 2; ++batch) {
+                    wgmma_fence();
 #pragma unroll
-                    for (int batch = 0; batch < 2; ++batch) {
-                        wgmma_fence();
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            const unsigned x_step = x_unit + (batch * TILE_M * 128 + i * 32) / 16;
-                            const int add = stage - from + batch + i;
-                            if (j < WHOLE) wgmma_add<X>(total[j < WHOLE ? j : 0], a[batch][i], x_step, add);
-                            else wgmma_add<X>(common, a[batch][i], x_step + team * (TILE_M / 2 * 128 / 16), add);
-                        }
-                        wgmma_commit();
-                        const bool ends = j + 1 == HELD && batch == 1;
-                        if (ends && !last) barrier_wait(filled + slot, turn);
-                        wgmma_wait<1>();
-                        if (j == 0 && batch == 0) first_done();
-                        if (batch == 0) unpack(at, j, 1, K64 % 2 != 0 && unit * 2 + 1 >= K64);
-                        else if (!ends) unpack(at, j + 1, 0);
-                        else if (!last) unpack(slot * STAGE, 0, 0);
+                    for (int i = 0; i < 4; ++i)
+                        wgmma_add<X>(total, a[batch][i], x_unit + (batch * TILE_M * 128 + i * 32) / 16, stage - from + batch + i);
+                    wgmma_commit();
+                    if (batch == 1 && !last) barrier_wait(filled + slot, turn);
+                    wgmma_wait<1>();
+                    if (batch == 0) {
+                        if (stage > from) release((now == 0 ? AHEAD : now) - 1, done - 1);
+                        unpack(at, 1, K64 % 2 != 0 && unit * 2 + 1 >= K64);
+                    } else if (!last) {
+                        unpack(slot * STAGE, 0);
                     }
+                }
                 if (stage + 1 < upto) continue;
                 wgmma_wait<0>();
                 release(now, done);
+                arrived(total);
 #pragma unroll
-                for (int j = 0; j < WHOLE; ++j) {
-                    arrived(total[j]);
-#pragma unroll
-                    for (int i = 0; i < TILE_M / 2; ++i) total[j][i] *= Weights::LARGER<X> / LARGER;
-                }
-                if constexpr (HELD > WHOLE) {
-                    arrived(common);
-#pragma unroll
-                    for (int i = 0; i < TILE_M / 4; ++i) common[i] *= Weights::LARGER<X> / LARGER;
-                }
-                continue;
-            }
-            if constexpr (TURNS) {
-                static_assert(!TURNS || WHOLE * PARTS % 2 == 0, "a stage begins where the one before it did");
-#pragma unroll
-                for (int j = 0; j < WHOLE; ++j)
-#pragma unroll
-                    for (int batch = 0; batch < 8 / BATCH; ++batch) {
-                        const int group = batch * BATCH / STEPS, number = j * PARTS + group;
-                        wgmma_fence();
-#pragma unroll
-                        for (int i = 0; i < BATCH; ++i) {
-                            const int step = batch * BATCH + i;
-                            wgmma_add<X>(turn_part[number % 2], a[batch % 2][i], x_unit + (step / 4 * TILE_M * 128 + step % 4 * 32) / 16,
-                                         step % STEPS != 0);
-                        }
-                        wgmma_commit();
-                        const bool ends = j + 1 == WHOLE && batch + 1 == 8 / BATCH;
-                        if (ends && !last) barrier_wait(filled + slot, turn);
-                        wgmma_wait<1>();
-                        if (batch + 1 < 8 / BATCH) unpack(at, j, batch + 1);
-                        else if (!ends) unpack(at, j + 1, 0);
-                        else if (!last) unpack(slot * STAGE, 0, 0);
-                        if (batch * BATCH % STEPS != 0) continue;
-                        add_turn(number == 0 ? WHOLE - 1 : (number - 1) / PARTS, (number + 1) % 2);
-                        if (number == 0) first_done();  // the scales that came from it have been used, too
-                        scales_of(j, group, turn_scale[number % 2]);
-                    }
-                if (stage + 1 < upto) continue;
-                wgmma_wait<0>();
-                release(now, done);
-                add_turn(WHOLE - 1, 1);
+                for (int i = 0; i < TILE_M / 2; ++i) total[i] *= Weights::LARGER<X> / LARGER;
                 continue;
             }
             float part[TOGETHER][TILE_M / 2], scale[TOGETHER][2];  // of features g and g + 8
 #pragma unroll
             for (int batch = 0; batch < 8 / BATCH; ++batch) {
                 const int first = batch * BATCH / (TOGETHER * STEPS) * TOGETHER;  // of the groups summed now
-                if (!EARLY) unpack(at, 0, batch);
+                if (!EARLY) unpack(at, batch);
                 wgmma_fence();
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
@@ -398,13 +314,18 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 wgmma_commit();
                 if (batch * BATCH == first * STEPS)
 #pragma unroll
-                    for (int p = 0; p < TOGETHER; ++p) scales_of(0, first + p, scale[p]);
+                    for (int p = 0; p < TOGETHER; ++p) {
+                        const Vector<S, 2> pair = *reinterpret_cast<const Vector<S, 2>*>(my_scales + at + (first + p) * 64 * sizeof(S));
+                        scale[p][0] = to_float(pair.lane[0]) * LARGER, scale[p][1] = to_float(pair.lane[1]) * LARGER;
+                        // Half a unit has no scales for its other half, only what was in the ring before.
+                        if (K64 % 2 != 0 && PARTS > 1 && first + p >= PARTS / 2 && unit * 2 + 1 >= K64) scale[p][0] = scale[p][1] = 0.0f;
+                    }
                 const bool ends = batch + 1 == 8 / BATCH, sums = (batch + 1) * BATCH % (TOGETHER * STEPS) == 0;
                 if constexpr (EARLY) {
                     if (ends && !last) barrier_wait(filled + slot, turn);
                     wgmma_wait<1>();
-                    if (!ends) unpack(at, 0, batch + 1);
-                    else if (!last) unpack(slot * STAGE, 0, 0);
+                    if (!ends) unpack(at, batch + 1);
+                    else if (!last) unpack(slot * STAGE, 0);
                 }
                 if (!sums) continue;
                 wgmma_wait<0>();
@@ -415,7 +336,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                     arrived(part[p]);
                     if (there)
 #pragma unroll
-                        for (int i = 0; i < TILE_M / 2; ++i) total[0][i] += scale[p][i / 2 % 2] * part[p][i];
+                        for (int i = 0; i < TILE_M / 2; ++i) total[i] += scale[p][i / 2 % 2] * part[p][i];
                 }
             }
         }
@@ -427,13 +348,13 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
         const Place place_of_tile = place_of(tile, (rows_again + TILE_M - 1) / TILE_M);
         const int n_tile = place_of_tile.n, m_tile = place_of_tile.m;
         const int lane = index % 32, row8 = lane / 4;
-        auto store = [&](const auto& values, int from_row, int block) {  // from_row: of the tile; block: 64 features of it
+        auto store = [&](const auto& values, int from_row) {  // from_row: of the tile
             if constexpr (ACT != SILU_MUL && !RESIDUAL && same<X, Y>) {
                 // Rounded in registers, turned around by stmatrix: half the bytes and a quarter of the instructions.
-                constexpr int ROWS = sizeof(values) / 2, STEP = ROWS < 2 * PASS ? ROWS : 2 * PASS;
+                constexpr int HELD = sizeof(values) / 2, STEP = HELD < 2 * PASS ? HELD : 2 * PASS;  // rows
                 X* const place = reinterpret_cast<X*>(results + team * PASS * PAD);  // [STEP][64], swizzled
                 const long long first_row = static_cast<long long>(m_tile) * TILE_M + from_row;
-                const int first = features_of(n_tile, block) * 64, own = first + strip * 16 + row8, thread = index % 128;
+                const int first = features_of(n_tile, team) * 64, own = first + strip * 16 + row8, thread = index % 128;
                 float bias_of[2] = {};  // of features g and g + 8
                 if constexpr (BIAS) {
                     if (own < N) bias_of[0] = to_float(bias[own]);
@@ -442,7 +363,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 const int feature = first + thread % 8 * 8, width = plane_width<N, SPLIT1, SPLIT2>(feature);
                 Y* const to = in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
 #pragma unroll
-                for (int pass = 0; pass < ROWS / STEP; ++pass) {
+                for (int pass = 0; pass < HELD / STEP; ++pass) {
                     if (first_row + pass * STEP >= rows) break;
                     sync_part(1 + team, 128);
 #pragma unroll
@@ -470,18 +391,18 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 return;
             }
             constexpr int SHARERS = ACT == SILU_MUL ? 2 : 1;
-            constexpr int ROWS = sizeof(values) / 2, STEP = ROWS < PASS ? ROWS : PASS;
+            constexpr int HELD = sizeof(values) / 2, STEP = HELD < PASS ? HELD : PASS;  // rows
             float* const place = results + team * PASS * PAD;
             const float* const gate = results + team / SHARERS * SHARERS * PASS * PAD;
             const int group = 1 + team / SHARERS, thread = index % (128 * SHARERS);
             const long long first_row = static_cast<long long>(m_tile) * TILE_M + from_row;
             // A thread has the same four features of every eighth row, so it looks once which plane they are in.
             const int row0 = thread / 16, column = thread % 16 * 4;
-            const int feature = column + (ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 : features_of(n_tile, block)) * 64;
+            const int feature = column + (ACT == SILU_MUL ? ((n_tile * WIDE + wide_rank) * TEAMS + team) / 2 : features_of(n_tile, team)) * 64;
             const int width = ACT == SILU_MUL ? N_OUT : plane_width<N, SPLIT1, SPLIT2>(feature);
             Y* const to = ACT == SILU_MUL ? y + feature : in_planes<N, SPLIT1, SPLIT2>(y, rows, 0, feature);
 #pragma unroll
-            for (int pass = 0; pass < ROWS / STEP; ++pass) {
+            for (int pass = 0; pass < HELD / STEP; ++pass) {
                 if (first_row + pass * STEP >= rows) break;
                 sync_part(group, 128 * SHARERS);
 #pragma unroll
@@ -502,11 +423,6 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 }
             }
         };
-        auto store_all = [&] {
-#pragma unroll
-            for (int j = 0; j < WHOLE; ++j) store(total[j], 0, team * WHOLE + j);
-            if constexpr (HELD > WHOLE) store(common, team * (TILE_M / 2), BLOCKS - 1);
-        };
         // Sums of the other parts of K come to the warp that owns the rows, as fragments, and are added in the order of sources.
         auto send_part = [&](const float* v, float* to, int blocks, int owner) {
 #pragma unroll
@@ -525,7 +441,7 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
             if (step > 0) barrier_wait(taken, (step - 1) % 2);
 #pragma unroll
             for (int owner = 0; owner < WAYS; ++owner) {
-                const float* const v = total[0] + owner * (OWN_M / 2);
+                const float* const v = total + owner * (OWN_M / 2);
                 if (owner == rank_k && slice == 0) {
 #pragma unroll
                     for (int i = 0; i < OWN_M / 2; ++i) own[i] = v[i];
@@ -552,33 +468,21 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                 __syncwarp();
                 if (done < all && WAYS > 1) warp_arrive_at<WAYS>(taken, lane);
                 if (done < all && WAYS == 1) warp_arrive(taken, lane);
-                store(own, rank_k * OWN_M, team);
+                store(own, rank_k * OWN_M);
             }
             ++step;
         } else if (STREAM_K && (from > 0 || upto < STAGES)) {
             // A block leaves the beginning of a tile to the block that has its end. Warp by warp: a fragment is one warp's.
             const int warp = uniform(index / 32);
             auto left_by = [&](int block) {
-                return reinterpret_cast<float*>(workspace + FLAG_BYTES) + (block * (TEAMS * 4) + warp) * (HALVES * TILE_M / 16 * 128) + lane * 4;
+                return reinterpret_cast<float*>(workspace + FLAG_BYTES) + (block * (TEAMS * 4) + warp) * (TILE_M / 8 * 128) + lane * 4;
             };
             auto flag_of = [&](int block) { return reinterpret_cast<unsigned*>(workspace) + block * (TEAMS * 4) + warp; };
-            auto leave = [&](const auto& values, float* to) {
-#pragma unroll
-                for (int i = 0; i < sizeof(values) / 16; ++i)
-                    *reinterpret_cast<float4*>(to + i * 128) = float4{values[i * 4], values[i * 4 + 1], values[i * 4 + 2], values[i * 4 + 3]};
-            };
-            auto take = [&](auto& values, const float* more) {
-#pragma unroll
-                for (int i = 0; i < sizeof(values) / 16; ++i) {
-                    const float4 v = load_of_other(more + i * 128);
-                    values[i * 4] += v.x, values[i * 4 + 1] += v.y, values[i * 4 + 2] += v.z, values[i * 4 + 3] += v.w;
-                }
-            };
             if (upto < STAGES) {
                 float* const to = left_by(blockIdx.x);
 #pragma unroll
-                for (int j = 0; j < WHOLE; ++j) leave(total[j], to + j * (TILE_M / 8 * 128));
-                if constexpr (HELD > WHOLE) leave(common, to + WHOLE * (TILE_M / 8 * 128));
+                for (int i = 0; i < TILE_M / 8; ++i)
+                    *reinterpret_cast<float4*>(to + i * 128) = float4{total[i * 4], total[i * 4 + 1], total[i * 4 + 2], total[i * 4 + 3]};
                 __syncwarp();
                 if (lane == 0) raise_flag(flag_of(blockIdx.x));
             } else {
@@ -587,16 +491,18 @@ gemm_kernel(const __grid_constant__ TensorMap x_map, const uint4* __restrict__ q
                     wait_for_flag(flag_of(block));
                     const float* const more = left_by(block);
 #pragma unroll
-                    for (int j = 0; j < WHOLE; ++j) take(total[j], more + j * (TILE_M / 8 * 128));
-                    if constexpr (HELD > WHOLE) take(common, more + WHOLE * (TILE_M / 8 * 128));
+                    for (int i = 0; i < TILE_M / 8; ++i) {
+                        const float4 v = load_of_other(more + i * 128);
+                        total[i * 4] += v.x, total[i * 4 + 1] += v.y, total[i * 4 + 2] += v.z, total[i * 4 + 3] += v.w;
+                    }
                     __syncwarp();
                     if (lane == 0) lower_flag(flag_of(block));
                     if (share_of(other) <= tile * STAGES) break;
                 }
-                store_all();
+                store(total, 0);
             }
         } else {
-            store_all();
+            store(total, 0);
         }
     }
 }
