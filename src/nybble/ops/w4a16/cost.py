@@ -38,7 +38,8 @@ after it starts later than after another product, so that few rows lose more."""
 BYTES_STREAM = 1.1
 """How many times longer than a plain read weights of 8 bits take wgmma.cu at least: what those of 4 take at one row."""
 Form = tuple[int, int, int, int, int, int]
-"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. 256 rows, and 128 with three TEAMS, have rounded weights."""
+"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Tiles of 256 rows, and of 128 with three TEAMS, have
+rounded weights."""
 GEMM_FORMS = (
     (2, 1, 1, 1, 1), (2, 1, 2, 1, 1), (4, 1, 1, 1, 1), (3, 1, 1, 1, 1), (1, 1, 1, 1, 1),
     (2, 1, 1, 1, 0), (2, 1, 2, 1, 0), (1, 1, 1, 1, 0), (1, 1, 2, 2, 0), (2, 1, 2, 2, 0), (3, 1, 2, 2, 0),
