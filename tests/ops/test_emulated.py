@@ -274,7 +274,7 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
     (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
     # 128 rows by 192 features.
-    (W4A16Case(200, 400, 456, 64, symmetric=False, bias=True), (128, 3, 1, 1, 1, 0), 2, 2),  # half a unit at the end
+    (W4A16Case(200, 400, 192, 64, symmetric=False, bias=True), (128, 3, 1, 1, 1, 0), 2, 2),  # half a unit at the end
     (W4A16Case(140, 640, 512, 256, BRAIN), (128, 3, 1, 2, 1, 0), 2, 1),
     (W4A16Case(150, 200, 328, 32, scale_dtype=FLOAT, act_order=True), (128, 3, 1, 1, 1, 0), 0, 1),
     (W4A16Case(300, 520, 968, residual=True, activation="gelu"), (128, 3, 1, 1, 1, 1), 2, 5),
