@@ -288,6 +288,14 @@ FOLDED: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(260, 520, 968, 64, BRAIN, bias=True), (256, 2, 1, 2, 1, 1), 2, 3),
     (W4A16Case(200, 256, 384, 256, activation="silu_mul", residual=True), (256, 2, 1, 1, 1, 0), 3, 1),
     (W4A16Case(270, 72, 1024, -1, scale_dtype=FLOAT), (256, 1, 1, 1, 1, 0), 2, 1),
+    # 128 rows by 192 features.
+    (W4A16Case(200, 400, 192, 64, symmetric=False, bias=True), (128, 3, 1, 1, 1, 0), 2, 2),  # half a unit at the end
+    (W4A16Case(140, 640, 512, 256, BRAIN), (128, 3, 1, 2, 1, 0), 2, 1),
+    (W4A16Case(150, 200, 328, 32, scale_dtype=FLOAT, act_order=True), (128, 3, 1, 1, 1, 0), 0, 1),
+    (W4A16Case(300, 520, 968, residual=True, activation="gelu"), (128, 3, 1, 1, 1, 1), 2, 5),
+    (W4A16Case(130, 200, 712, 16, BRAIN, symmetric=False, act_order=True), (128, 3, 1, 2, 1, 1), 2, 3),
+    (W4A16Case(200, 200, 712, 64, symmetric=False), (128, 3, 1, 2, 2, 0), 2, 1),
+    (W4A16Case(300, 400, 456, 32, BRAIN, bias=True, residual=True), (128, 3, 1, 2, 2, 0), 0, 2),
 ]
 
 
@@ -324,6 +332,9 @@ BYTES_MANY: list[tuple[W4A16Case, cost.Form, int, int]] = [
     (W4A16Case(300, 128, 512, bits=8), (256, 2, 1, 1, 1, 0), 2, 1),
     (W4A16Case(260, 200, 712, 64, BRAIN, symmetric=False, bias=True, bits=8), (256, 1, 1, 2, 1, 0), 2, 2),
     (W4A16Case(260, 256, 968, 16, symmetric=False, bits=8), (256, 2, 1, 1, 1, 1), 2, 3),
+    (W4A16Case(150, 400, 456, 32, symmetric=False, act_order=True, bias=True, bits=8), (128, 3, 1, 1, 1, 0), 0, 1),
+    (W4A16Case(200, 200, 328, 64, BRAIN, symmetric=False, bits=8), (128, 3, 1, 1, 1, 1), 2, 2),
+    (W4A16Case(140, 400, 512, bits=8), (128, 3, 1, 2, 1, 0), 2, 1),
 ]  # fmt: skip
 
 

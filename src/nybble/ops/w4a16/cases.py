@@ -298,6 +298,12 @@ GATE: tuple[W4A16Case, ...] = (
         for g in (16, 64, 256, -1)
     ),
     *(W4A16Case(m, n, k) for m in (1, 64, 256) for n, k in ((12288, 4096), (28672, 8192), (256, 1024), (72, 200))),
+    W4A16Case(256, 6144, 4096),
+    *(
+        W4A16Case(256, 12288, 4096, g, torch.bfloat16, symmetric=False, act_order=True, bias=True, residual=True)
+        for g in (16, 64)
+    ),
+    W4A16Case(512, 28672, 8192, bits=8),
     W4A16Case(1, 4096, 4096, 128, torch.bfloat16, scale_dtype=torch.float16),
     W4A16Case(16, 8200, 8256, 64, torch.bfloat16, symmetric=False),
     *(replace(_PLAIN, m=m, norm=norm, activation=a) for m in (1, 16) for norm in op.NORMS for a in ("", "silu_mul")),

@@ -38,28 +38,32 @@ after it starts later than after another product, so that few rows lose more."""
 BYTES_STREAM = 1.1
 """How many times longer than a plain read weights of 8 bits take wgmma.cu at least: what those of 4 take at one row."""
 Form = tuple[int, int, int, int, int, int]
-"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K."""
+"""Of gemm.cu: TILE_M, TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Tiles of 256 rows, and of 128 with three TEAMS, have
+rounded weights."""
 GEMM_FORMS = (
     (2, 1, 1, 1, 1), (2, 1, 2, 1, 1), (4, 1, 1, 1, 1), (3, 1, 1, 1, 1), (1, 1, 1, 1, 1),
     (2, 1, 1, 1, 0), (2, 1, 2, 1, 0), (1, 1, 1, 1, 0), (1, 1, 2, 2, 0), (2, 1, 2, 2, 0), (3, 1, 2, 2, 0),
-    (1, 2, 1, 1, 0), (1, 2, 2, 2, 0), (1, 4, 1, 1, 0), (1, 4, 2, 2, 0), (2, 2, 2, 2, 0),
+    (3, 1, 1, 1, 0), (1, 2, 1, 1, 0), (1, 2, 2, 2, 0), (1, 4, 1, 1, 0), (1, 4, 2, 2, 0), (2, 2, 2, 2, 0),
 )  # fmt: skip
 """What comes after TILE_M in the forms that are compared: TEAMS, SLICES, CLUSTER, WAYS, STREAM_K. Of the 32 that there
 are, those that were within 2 % of the fastest for some shape and number of rows, and what small N or zero points leave
-of them. Clusters of four lose: 30 of them run at once, of two 66."""
+of them. Clusters of four lose: 30 of them run at once, of two 66. (3, 1, 1, 1, 0) is for 128 rows: 192 features are 128
+tiles of 12288 x 4096 at 256 rows, where there are 132 SMs."""
 UNIT_US = {
     16: (0.118, 0.112, 0.114, 0.093), 32: (0.177, 0.182, 0.155, 0.145), 64: (0.3, 0.246, 0.223, 0.215),
-    128: (0.437, 0.373), 256: (0.723, 0.715),
+    128: (0.437, 0.373, 0.35), 256: (0.723, 0.7),
 }  # fmt: skip
 """us that gemm.cu's block takes for each of its warpgroups' units of 64 by 128 weights, by the tile's rows and the
 number of warpgroups: one has nothing to hide its unpacking behind. Fitted to results/h200/w4a16.jsonl."""
 LONG = 0.21
 """How much longer very long calls take: the GPU lowers its clock. Half of it at 600 us."""
-LEFT_US = (1.9, 1e-5)
+LEFT_US = (1.9, 1.2e-5, 3e-5)
 """us of a share of tiles that begins or ends within one, and, by the square of a tile's rows of 64 features, of what is
-left to another block: twice the sums are read by threads with half the registers for it."""
-GEMM_US = (1.9, 0.9, 0.12)
-"""us of a call, of each turn of tiles, and of adding up one more part of K in a turn."""
+left to another block: twice the sums are read by threads with half the registers for it. The last is of 128 rows by 192
+features: three warpgroups have fewer registers than two."""
+GEMM_US = (1.9, 0.9, 0.12, 2.0)
+"""us of a call, of each turn of tiles, and of adding up one more part of K in a turn; with rounded weights and the part
+in the other block so much more."""
 GEMM_STREAM = 1.2
 """How many times longer than a plain read it takes the weights at least."""
 L2_BYTES_US = 60e3
@@ -335,8 +339,10 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     tile, teams, slices, cluster, ways, stream_k = form
     pairs, size, warpgroups = spec.activation == "silu_mul", spec.group_size, teams * slices
     wide, units, parts = cluster // ways, math.ceil(spec.k / 128), 128 // size if size < min(128, spec.k) else 1
-    if (pairs and teams % 2) or warpgroups > (2 if tile >= 128 else 4) or (tile >= 128 and slices > 1):
+    most = {128: 3 if spec.m > 128 else 2, 256: 2}.get(tile, 4)
+    if (pairs and teams % 2) or warpgroups > most or (tile >= 128 and slices > 1):
         return None
+    fold = tile == 256 or (tile == 128 and teams == 3)  # up to 128 rows the weight is not rounded
     if tile == 256 and teams == 1 and stream_k:
         return None  # one warpgroup waits for its own exchange: 43.4 us beside 41.2
     crowded = slices > 1 or cluster > 1 or parts > 1 or spec.zeros or spec.bias or spec.bits == 8
@@ -356,16 +362,16 @@ def _gemm_form(spec: Spec, hardware: Hardware, form: Form) -> tuple[float, dict[
     at_once = hardware.sms // cluster if cluster < 4 else hardware.sms // 4 - 3
     turns = math.ceil(spec.m / tile) * math.ceil(spec.n / (64 * teams * wide)) / at_once
     turns = max(turns, 1 / stages) if stream_k else math.ceil(turns)
-    start, turn, sums = GEMM_US
+    start, turn, sums, sent = GEMM_US
     # Each further group of a unit adds its sums up apart: by the count of instructions, a fused multiply-add a cycle.
-    unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * (tile < 256) * tile * 0.00028
+    unit = UNIT_US[tile][warpgroups - 1] + (parts - 1) * (not fold) * tile * 0.00028
     us = turns * stages * warpgroups * unit
     if spec.bits == 8:
         fetched = slices * (2 * tile * 128 // wide + teams * _unit_bytes(spec, parts))
         us = max(us, turns * stages * fetched / L2_BYTES_US)
-    us += math.ceil(turns) * (turn + sums * (ways * slices - 1))
+    us += math.ceil(turns) * (turn + sums * (ways * slices - 1) + sent * fold * (ways - 1))
     # What a block leaves in memory, and adds again: once, of every block that another's tile ends in.
-    us += stream_k * (LEFT_US[0] + LEFT_US[1] * (tile * teams) ** 2 * max(1.0, 1 / turns))
+    us += stream_k * (LEFT_US[0] + LEFT_US[1 + (fold and teams == 3)] * (tile * teams) ** 2 * max(1.0, 1 / turns))
     us *= SHORT_RING if ahead < min(3, stages) else 1.0
     us *= 1 + LONG * us / (us + 600)
     memory = (GEMM_STREAM if spec.bits == 4 else 1.0) * spec.weight_bytes / ((hardware.read_tbps or 1.0) * 1e6) + turn

@@ -4,7 +4,7 @@
 // Computes      y[m, n] = f(sum_k x[m, k] * scale[k / GROUP, n] * (q[k, n] - zero[k / GROUP, n]) (+ bias[n])) (+ residual[m, n])
 //               f: identity, gelu, gelu by tanh, or silu(first half of n) * second half. The weight is not rounded:
 //               q - zero is exact, sums are fp32, the scale multiplies the sum of a group, or of 128 features of it. Only
-//               where TILE_M is 256 scale * (q - zero) is rounded to X, as a model in 16 bits has it
+//               with FOLD scale * (q - zero) is rounded to X, as a model in 16 bits has it
 // Tensors       x_map: of x, X [M, K], in tiles of TILE_M rows, or a block's share of them; qweight: uint4 [N64, K64, BITS / 4, 4,
 //               32]; scales: S [N64, GROUPS, 64]; qzeros: uint8 [N64, GROUPS, 8 BITS]; bias: X [N]; residual: X [M, N or N / 2]; y: Y
 //               [M, SPLIT1], [M, SPLIT2 - SPLIT1], [M, N - SPLIT2] after each other, or [M, N / 2] for silu_mul; workspace:
@@ -22,11 +22,11 @@
 // Shared memory AHEAD stages of SLICES units: x, weights, scales, zero points; [TEAMS][PASS][68] float for the results; where
 //               K is split the others' sums, [SOURCES - 1][TEAMS][4 warps][OWN_M / 8][32 lanes][4] float
 // Constants     BITS: 4, 8; X: half_t, bf16_t; Y: X or float; S: half_t, bf16_t, float; N, K: multiples of 8; GROUP: 16, 32, 64, a
-//               multiple of 128 or >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, from TILE_M 128 on up to 2;
-//               CLUSTER: 1, 2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1, weights are unpacked while
-//               the tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a time; ZEROS, BIAS, RESIDUAL,
-//               GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128, TEAMS even: every other warpgroup
-//               has features of up)
+//               multiple of 128 or >= K; TILE_M: 16, 32, 64, 128, 256; TEAMS, SLICES: together up to 4, without SLICES up to 3 at
+//               TILE_M 128 and 2 at 256; CLUSTER: 1, 2, 4; WAYS: 1 or CLUSTER; STREAM_K: 0/1, without WAYS and SLICES; EARLY: 0/1,
+//               weights are unpacked while the tensor cores still read the step before; AHEAD: stages; PASS_M: rows stored at a
+//               time; ZEROS, BIAS, RESIDUAL, GATHERED: 0/1; ACT: 0, 1 gelu, 2 gelu by tanh, 3 silu_mul (N a multiple of 128,
+//               TEAMS even: every other warpgroup has features of up)
 // Roof          the larger of N * K * BITS / 8 bytes of weights and 2 M N K operations
 // Source        own work. Weights as wgmma's register operand, y^T = W^T x^T: the idea of Machete (vLLM, 2024).
 #include "arrive.cuh"
@@ -49,7 +49,8 @@ static_assert(SPLIT1 % 8 == 0 && SPLIT2 % 8 == 0 && SPLIT1 <= SPLIT2 && SPLIT2 <
 using Weights = Packed<S, N, K, GROUP, ZEROS, BITS>;
 constexpr int K64 = Weights::K64, UNITS = Weights::UNITS, PARTS = Weights::PARTS, STEPS = Weights::STEPS;
 constexpr int TOGETHER = PARTS * TILE_M <= 64 ? PARTS : TILE_M < 64 ? 64 / TILE_M : 1;
-constexpr bool FOLD = TILE_M == 256;  // scales are multiplied into weights: two tiles' sums are more than there are registers
+// Where there are no registers for the sums of a group beside those of the tile, scales are multiplied into weights.
+constexpr bool FOLD = TILE_M == 256 || (TILE_M == 128 && TEAMS == 3);
 constexpr int BATCH = !FOLD && TOGETHER * STEPS < 4 ? TOGETHER * STEPS : 4;  // steps asked for at a time
 // Scales that are multiplied into fp16 weights are made larger, so that weights down to 2^-20 keep all their bits.
 // bf16 weights of 8 bits are smaller by as much as their scales are larger.
@@ -81,6 +82,7 @@ constexpr int PRODUCER_REGISTERS = WARPGROUPS == 4 ? 32 : WARPGROUPS == 3 && CRO
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 232;
 static_assert(WARPGROUPS != 4 || 4 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 5 * 96, "more than there are");
 static_assert(WARPGROUPS != 3 || 3 * CONSUMER_REGISTERS + 32 <= 4 * 128, "more than there are");
+static_assert(TILE_M < 128 || (SLICES == 1 && TEAMS <= (TILE_M == 128 ? 3 : 2)), "more than there are");
 static_assert(WARPGROUPS != 2 || TILE_M != 128 || 2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * 168, "more than there are");
 constexpr int PAD = 68;  // floats of a row of results: the rows of a fragment's lanes lie in different banks
 constexpr int PASS = OWN_M < PASS_M ? OWN_M : PASS_M;  // rows of results at a time
