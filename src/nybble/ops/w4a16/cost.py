@@ -281,27 +281,30 @@ DigitForm = tuple[int, int, int, int, int, int]
 
 def _digit_forms(spec: Spec) -> list[DigitForm]:
     """The forms of ``digits.cu`` for a request, the best first; the first that fits is taken."""
-    units, crowded = math.ceil(spec.k / 256), spec.group_size < min(128, spec.k)  # of one of two blocks
+    units, parts = math.ceil(spec.k / 256), 128 // min(128, spec.group_size)  # of one of two blocks; groups of a unit
+    one_turn = spec.n <= 64 * PAIRS
     if spec.activation == "silu_mul":
         turns = spec.n / (256 * PAIRS)
         # 16.2 us beside 17.3 at 28672 x 4096; 14.7 beside 13.5 at 22016 x 4096, where the second turn is nearly empty.
         wide: list[DigitForm] = [(4, 1, 1, 2, 6, 1), (4, 1, 1, 2, 4, 1)]
-        pairs: list[DigitForm] = (
-            [(2, 2, 1, 2, 4, 2)] if crowded else [(2, 2, 2, 2, 5, 1), (2, 2, 2, 2, 3, 1), (2, 2, 1, 2, 4, 2)]
-        )
-        first = [*wide, *pairs] if turns > 0.74 * math.ceil(turns) and not crowded else [*pairs, *wide]
-        return [*first, (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1), (4, 1, 1, 8, 2, 1)]
+        pairs: list[DigitForm] = [(2, 2, 2, 2, 5, 1), (2, 2, 2, 2, 3, 1)]
+        first = [*wide, *pairs] if turns > 0.74 * math.ceil(turns) else [*pairs, *wide]
+        if parts > 1:  # more sums of their own: 17.7 us beside 19.5 with groups of 64, 19.3 beside 21.9 with 32
+            first = [(4, 1, 1, 2, 4, 1)] if parts == 2 else [(2, 1, 1, 2, 6, 2)]
+        return [*first, (2, 2, 1, 2, 4, 2), (2, 2, 1, 2, 2, 1), (2, 2, 1, 4, 2, 1), (4, 1, 1, 8, 2, 1)]
     # Two units at a time hide half of their latency, where a group is not so small that their sums are too many.
-    if crowded:
-        forms: list[DigitForm] = [(1, 2, 1, 2, 3, 2)]
+    if parts > 1 and spec.k > 4608:  # 11.0 us beside 11.7 at 4096 x 14336, groups of 32
+        forms: list[DigitForm] = [(1, 4, 1, 2, 4, 1), (1, 4, 1, 2, 2, 1)]
+    elif parts == 4:  # 8.9 us at 12288 x 4096, 4.3 at 4096 x 4096, 10.1 at 14336 x 4096; two units 10.1, 4.4, 10.5
+        forms = [(1, 3, 1, 2, 4, 2)] if one_turn else [(1, 2, 1, 2, 3 if spec.n <= 192 * PAIRS else 4, 2)]
     elif spec.k > 4608:  # 9.8 us beside 10.9 at 4096 x 14336, 28.4 beside 30.5 at 28672 x 8192
-        deep: list[DigitForm] = [(1, 4, 2, 2, 6, 1)] if spec.n > 64 * PAIRS else []  # 28.4 us beside 29.3 there
+        deep: list[DigitForm] = [] if one_turn else [(1, 4, 2, 2, 6, 1)]  # 28.4 us beside 29.3 there
         forms = [*deep, (1, 4, 2, 2, 4, 1), (1, 4, 2, 2, 3, 1), (1, 4, 2, 2, 2, 1)]
     elif 8 < units <= 12:  # two stages of six; in a layer of Pythia-2.8B 1.9 us less than (1, 2, 1, 2, 5, 3), twice
         forms = [(1, 3, 2, 2, 2, 2), (1, 2, 2, 2, 3, 2)]
-    elif spec.norm:
+    elif spec.norm or parts == 2:
         forms = [(1, 2, 2, 2, 3, 2), (1, 2, 2, 2, 4, 2)]
-    elif 64 * PAIRS < spec.n <= 11264:  # 7.6 us beside 8.1 at 11008 x 4096, 8.6 beside 8.0 at 12288 x 4096
+    elif not one_turn and spec.n <= 11264:  # 7.6 us beside 8.1 at 11008 x 4096, 8.6 beside 8.0 at 12288 x 4096
         forms = [(1, 2, 2, 2, 3, 3), (1, 2, 2, 2, 4, 2)]
     else:
         forms = [(1, 2, 2, 2, 4, 2), (1, 2, 2, 2, 3, 3)]
@@ -321,7 +324,7 @@ def digits_form(spec: Spec, form: DigitForm) -> dict[str, int]:
     sums = buffers * slices * 4 * teams * 16 + 4 * warps * bool(spec.norm)
     whole = spec.k * 2 * spec.perm
     shared = math.ceil((x + ahead * stage) / 16) * 16 + 4 * (counts + sums) + whole + (2 * ahead + 2 * buffers) * 8
-    if blocks == 2:  # and no third one, or three are on one multiprocessor and one on another: 7.0 us beside 5.7
+    if blocks == per == 2:  # and no third one, or three are on one multiprocessor and one on another: 7.0 us beside 5.7
         shared = max(shared, (228 << 10) // 3 - 1024 + 16)
     return {
         "TEAMS": teams, "SLICES": slices, "PER": per, "CLUSTER": cluster, "AHEAD": ahead, "BUFFERS": buffers,
