@@ -320,6 +320,11 @@ GATE: tuple[W4A16Case, ...] = (
         activation="silu_mul",
         residual=True,
     ),
+    # The forms that one row has, by its length, by groups and by what is around it.
+    *(W4A16Case(1, n, k, g) for n, k in ((4096, 14336), (28672, 8192), (11008, 4096)) for g in (32, 64, 128)),
+    *(W4A16Case(1, n, 2560, bias=True, norm="layernorm", activation=a) for n, a in ((7680, ""), (10240, "gelu"))),
+    *(W4A16Case(1, n, 4096, g, norm="rmsnorm", activation="silu_mul") for n in (28672, 22016) for g in (32, 64, 128)),
+    W4A16Case(1, 12288, 4096, act_order=True, norm="layernorm"),
     *(replace(_BYTES, m=m, dtype=d) for m in (1, 16, 64, 256) for d in cost.HALF),
     *(replace(_BYTES, m=m, n=12288) for m in (1, 64, 1024)),
     *(
