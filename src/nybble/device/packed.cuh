@@ -7,10 +7,11 @@
 #include "int8.cuh"
 
 template <typename S, int N, int K, int GROUP, bool ZEROS, int BITS> struct Packed {
+    using Scale = S;
     static_assert(BITS == 4 || BITS == 8, "nibbles or bytes");
     static_assert(N % 8 == 0 && K % 8 == 0, "N and K must be multiples of 8");
     static_assert(GROUP == 16 || GROUP == 32 || GROUP == 64 || GROUP % 128 == 0 || GROUP >= K, "a group is a part or a multiple of 128");
-    static constexpr int K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;
+    static constexpr int FEATURES = N, K64 = (K + 63) / 64, N64 = (N + 63) / 64, UNITS = (K64 + 1) / 2;
     static constexpr int GROUPS = GROUP >= K ? 1 : (K64 * 64 + GROUP - 1) / GROUP;
     static constexpr int PARTS = GROUP >= 128 || GROUP >= K ? 1 : 128 / GROUP, STEPS = 8 / PARTS;  // groups of a unit, steps of a group
     static constexpr int CHUNK = 512 * BITS, ZERO_ROW = 8 * BITS;  // bytes of 64 input features; of a group's zero points
@@ -72,5 +73,24 @@ template <typename S, int N, int K, int GROUP, bool ZEROS, int BITS> struct Pack
     __device__ static __forceinline__ void unpack(const unsigned* words, unsigned zeros, unsigned (&fragment)[4]) {
         if constexpr (BITS == 4) unpack_int4<T>(words[0], zero_pair<T>(zeros & 15), zero_pair<T>(zeros >> 4), fragment);
         else unpack_int8<T>(words[0], words[1], byte_zero<T>(zeros & 255), byte_zero<T>(zeros >> 8), fragment);
+    }
+};
+
+// A stage of a ring: UNITS units of each of TEAMS blocks of 64 output features, first their weights, then their scales, then their
+// zero points. PAIRED: every other block is of the second half of N, as silu_mul wants them.
+template <typename Weights, int TEAMS, int UNITS, bool PAIRED> struct Stage {
+    static constexpr int SCALES = TEAMS * UNITS * Weights::WEIGHT_BYTES, ZEROS = SCALES + TEAMS * UNITS * Weights::SCALE_BYTES;
+    static constexpr int BYTES = ZEROS + TEAMS * UNITS * Weights::ZERO_BYTES;
+    // Ask for `chunks` chunks from `chunk` on of a tile of TEAMS * 64 features.
+    __device__ static __forceinline__ void ask(unsigned char* to, const uint4* qweight, const typename Weights::Scale* scales,
+                                               const unsigned char* qzeros, int tile, int chunk, int chunks, Barrier* at) {
+        barrier_expect(at, TEAMS * Weights::bytes(chunk, chunks));
+#pragma unroll
+        for (int i = 0; i < TEAMS; ++i) {
+            int block = tile * TEAMS + i;
+            if constexpr (PAIRED) block = min(block / 2, Weights::FEATURES / 128 - 1) + i % 2 * (Weights::FEATURES / 128);
+            Weights::copy(to + i * UNITS * Weights::WEIGHT_BYTES, to + SCALES + i * UNITS * Weights::SCALE_BYTES,
+                          to + ZEROS + i * UNITS * Weights::ZERO_BYTES, qweight, scales, qzeros, block, chunk, chunks, at);
+        }
     }
 };

@@ -61,8 +61,8 @@ constexpr int DIGIT_BYTES = UNITS * 8 * PITCH + 128;
 constexpr int FACTORS = (UNITS + 3) / 4 * 4, COUNTS = UNITS * PARTS * 8;  // floats; ints
 constexpr int WEIGHT_BYTES = Weights::WEIGHT_BYTES, SCALE_BYTES = Weights::SCALE_BYTES, ZERO_BYTES = Weights::ZERO_BYTES;  // of a unit
 constexpr int STAGE_UNITS = SLICES * PER;
-constexpr int STAGE_SCALES = TEAMS * STAGE_UNITS * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * STAGE_UNITS * SCALE_BYTES;
-constexpr int STAGE = STAGE_ZEROS + TEAMS * STAGE_UNITS * ZERO_BYTES;
+using Stages = Stage<Weights, TEAMS, STAGE_UNITS, ACT == SILU_MUL>;
+constexpr int STAGE = Stages::BYTES;
 constexpr int SUMS = SOURCES * OWNED * 16, MOMENTS = NORM ? 4 * WARPS : 0;  // floats
 constexpr int WHOLE_BYTES = PERM ? K * 2 : 0;
 constexpr int AT_FACTORS = (DIGIT_BYTES + AHEAD * STAGE + 15) / 16 * 16, AT_SUMS = AT_FACTORS + (FACTORS + COUNTS) * 4;
@@ -106,16 +106,7 @@ digits_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
         int tile_asked = worker, stage = 0, slot = 0, turn = 0;
         auto ask = [&] {
             const int chunk = begin + stage * STAGE_UNITS * 2, chunks = min(STAGE_UNITS * 2, end - chunk);
-            Barrier* const at = filled + slot;
-            barrier_expect(at, TEAMS * Weights::bytes(chunk, chunks));
-            unsigned char* const to = ring + slot * STAGE;
-#pragma unroll
-            for (int i = 0; i < TEAMS; ++i) {
-                int in_n = tile_asked * TEAMS + i;  // which 64 features; with silu_mul of the two halves of N in turn
-                if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + i % 2 * (N / 128);
-                Weights::copy(to + i * STAGE_UNITS * WEIGHT_BYTES, to + STAGE_SCALES + i * STAGE_UNITS * SCALE_BYTES,
-                              to + STAGE_ZEROS + i * STAGE_UNITS * ZERO_BYTES, qweight, scales, qzeros, in_n, chunk, chunks, at);
-            }
+            Stages::ask(ring + slot * STAGE, qweight, scales, qzeros, tile_asked, chunk, chunks, filled + slot);
             if (++slot == AHEAD) slot = 0, ++turn;
             if (++stage == stages) stage = 0, tile_asked += workers;
         };
@@ -350,8 +341,8 @@ digits_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const 
     const unsigned columns = wgmma_pieces(digits, PITCH);
     const unsigned char* const my_weights = ring + (team * STAGE_UNITS + slice * PER) * WEIGHT_BYTES + warp_n % 4 * 512 + lane * 16;
     const unsigned char* const my_scales =
-        ring + STAGE_SCALES + (team * STAGE_UNITS + slice * PER) * SCALE_BYTES + (warp_n % 4 * 16 + row8 * 2) * sizeof(S);
-    const unsigned char* const my_zeros = ring + STAGE_ZEROS + (team * STAGE_UNITS + slice * PER) * ZERO_BYTES + warp_n % 4 * 8 + row8;
+        ring + Stages::SCALES + (team * STAGE_UNITS + slice * PER) * SCALE_BYTES + (warp_n % 4 * 16 + row8 * 2) * sizeof(S);
+    const unsigned char* const my_zeros = ring + Stages::ZEROS + (team * STAGE_UNITS + slice * PER) * ZERO_BYTES + warp_n % 4 * 8 + row8;
     // This lane's sums are of digits 0 and 1, or 2 and 3.
     const float worth[2] = {t % 2 == 0 ? 1.0f : 65536.0f, t % 2 == 0 ? 256.0f : 16777216.0f};
     int slot = 0, turn = 0, step = 0, unfinished = worker;

@@ -57,8 +57,8 @@ static_assert(OWNED * CLUSTER == 4 * TEAMS && (ACT != SILU_MUL || OWNED % 2 == 0
 
 constexpr int X_BYTES = RANGE * TILE_M * 128;
 constexpr int WEIGHT_BYTES = Weights::WEIGHT_BYTES, SCALE_BYTES = Weights::SCALE_BYTES, ZERO_BYTES = Weights::ZERO_BYTES;  // of a unit
-constexpr int STAGE_SCALES = TEAMS * SLICES * WEIGHT_BYTES, STAGE_ZEROS = STAGE_SCALES + TEAMS * SLICES * SCALE_BYTES;
-constexpr int STAGE = STAGE_ZEROS + TEAMS * SLICES * ZERO_BYTES;
+using Stages = Stage<Weights, TEAMS, SLICES, ACT == SILU_MUL>;
+constexpr int STAGE = Stages::BYTES;
 constexpr int WARPS = THREADS / 32, MOMENT_ROWS = TILE_M > WARPS ? TILE_M : WARPS;
 constexpr int SUMS = SOURCES * OWNED * PASS_BLOCKS * 128, MOMENTS = NORM ? (CLUSTER * MOMENT_ROWS + TILE_M) * 4 : 0;  // floats
 constexpr bool GATHER = PERM && !GATHERED;  // one row of x, in the order of perm
@@ -97,16 +97,7 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
         int tile_asked = worker, stage = 0, slot = 0, turn = 0;
         auto ask = [&] {
             const int chunk = begin + stage * SLICES * 2, chunks = min(SLICES * 2, end - chunk);
-            Barrier* const at = filled + slot;
-            barrier_expect(at, TEAMS * Weights::bytes(chunk, chunks));
-            unsigned char* const to = ring + slot * STAGE;
-#pragma unroll
-            for (int t = 0; t < TEAMS; ++t) {
-                int in_n = tile_asked * TEAMS + t;  // which 64 features; with silu_mul of the two halves of N in turn
-                if constexpr (ACT == SILU_MUL) in_n = min(in_n / 2, N / 128 - 1) + t % 2 * (N / 128);
-                Weights::copy(to + t * SLICES * WEIGHT_BYTES, to + STAGE_SCALES + t * SLICES * SCALE_BYTES,
-                              to + STAGE_ZEROS + t * SLICES * ZERO_BYTES, qweight, scales, qzeros, in_n, chunk, chunks, at);
-            }
+            Stages::ask(ring + slot * STAGE, qweight, scales, qzeros, tile_asked, chunk, chunks, filled + slot);
             if (++slot == AHEAD) slot = 0, ++turn;
             if (++stage == stages) stage = 0, tile_asked += workers;
         };
@@ -315,9 +306,9 @@ wgmma_kernel(const X* __restrict__ x, const uint4* __restrict__ qweight, const S
     const unsigned x_rows = wgmma_rows(tile);
     const unsigned char* const my_weights = ring + (team * SLICES + slice) * WEIGHT_BYTES + warp_n % 4 * 512 + lane * 16;
     const unsigned char* const my_scales =
-        ring + STAGE_SCALES + (team * SLICES + slice) * SCALE_BYTES + (warp_n % 4 * 16 + row8 * 2) * sizeof(S);
+        ring + Stages::SCALES + (team * SLICES + slice) * SCALE_BYTES + (warp_n % 4 * 16 + row8 * 2) * sizeof(S);
     const unsigned char* const my_zeros =
-        ring + STAGE_ZEROS + (team * SLICES + slice) * ZERO_BYTES + warp_n % 4 * (2 * BITS) + row8 * (BITS / 4);
+        ring + Stages::ZEROS + (team * SLICES + slice) * ZERO_BYTES + warp_n % 4 * (2 * BITS) + row8 * (BITS / 4);
     int slot = 0, turn = 0, step = 0, unfinished = worker;
 #pragma unroll
     for (int b = 0; b < BUFFERS; ++b) expect(b);
