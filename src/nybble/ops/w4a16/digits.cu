@@ -8,8 +8,8 @@
 //               that. Sums of a group, or of 128 of its features, are exact, sums of those fp32
 // Tensors       as wgmma.cu: x: X [K]; qweight: uint4 [N64, K64, 4, 32]; scales: S [N64, GROUPS, 64]; qzeros: uint8
 //               [N64, GROUPS, 32]; perm: int32 [K]; bias: X [N]; residual: X [N or N / 2]; norm_weight, norm_bias: X [K];
-//               y: Y [N], of which SPLIT1 and SPLIT2 say no more here, or [N / 2] for silu_mul;
-//               unused ones are null. N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
+//               y: Y [N], or [N / 2] for silu_mul; of one row, planes (SPLIT1, SPLIT2) are one behind the other anyway.
+//               Unused ones are null. N64 = ceil(N / 64), K64 = ceil(K / 64); all 16-byte aligned
 // Layout        a word of a lane (g = lane / 4, t = lane % 4) is, by formats/tiles.py, of 16 input features: its bytes are columns 2t, 2t + 8,
 //               2t + 1, 2t + 9, the low nibbles of row g, the high ones of row g + 8. So word & 0x0f0f0f0f and word & 0xf0f0f0f0
 //               are registers of an int8 A as they are, the second 16 times too large, and x has that order:
