@@ -17,7 +17,7 @@ from nybble.formats.tiles import PackedWeight
 from nybble.ops.case import ROUNDING, Case, Tensors, take
 from nybble.ops.norm.cases import TINY
 from nybble.ops.w4a16 import cost, op
-from nybble.runtime.choice import Choice
+from nybble.runtime.choice import Candidate, Choice
 from nybble.runtime.errors import wrong_value
 from nybble.runtime.hardware import H200, Hardware
 from nybble.runtime.source import Source
@@ -320,11 +320,6 @@ GATE: tuple[W4A16Case, ...] = (
         activation="silu_mul",
         residual=True,
     ),
-    # The forms that one row has, by its length, by groups and by what is around it.
-    *(W4A16Case(1, n, k, g) for n, k in ((4096, 14336), (28672, 8192), (11008, 4096)) for g in (32, 64, 128)),
-    *(W4A16Case(1, n, 2560, bias=True, norm="layernorm", activation=a) for n, a in ((7680, ""), (10240, "gelu"))),
-    *(W4A16Case(1, n, 4096, g, norm="rmsnorm", activation="silu_mul") for n in (28672, 22016) for g in (32, 64, 128)),
-    W4A16Case(1, 12288, 4096, act_order=True, norm="layernorm"),
     *(replace(_BYTES, m=m, dtype=d) for m in (1, 16, 64, 256) for d in cost.HALF),
     *(replace(_BYTES, m=m, n=12288) for m in (1, 64, 1024)),
     *(
@@ -335,6 +330,14 @@ GATE: tuple[W4A16Case, ...] = (
     *(replace(_BYTES, m=m, n=12288, norm="layernorm", activation="silu_mul") for m in (1, 16)),
 )
 """What the compile gate builds: every tile, dtype and option, and shapes off the tile."""
+
+ONE_ROW: tuple[W4A16Case, ...] = (
+    *(W4A16Case(1, n, k, g) for n, k in ((4096, 14336), (28672, 8192), (11008, 4096)) for g in (32, 64, 128)),
+    *(W4A16Case(1, n, 2560, bias=True, norm="layernorm", activation=a) for n, a in ((7680, ""), (10240, "gelu"))),
+    *(W4A16Case(1, n, 4096, g, norm="rmsnorm", activation="silu_mul") for n in (28672, 22016) for g in (32, 64, 128)),
+    W4A16Case(1, 12288, 4096, act_order=True, norm="layernorm"),
+)
+"""The forms of ``digits.cu``, by the length of the row, by groups and by what is around: the gate builds that alone."""
 
 
 def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> W4A16Case:
@@ -356,4 +359,9 @@ def parse(shape: dict[str, int], dtype: torch.dtype, **options: Any) -> W4A16Cas
 
 def gate(hardware: Hardware = H200) -> list[Source]:
     """Every specialisation the compile gate builds for a GPU, without repeats."""
-    return list(dict.fromkeys(source for case in GATE for source in case.sources(hardware)))
+    sources = [source for case in GATE for source in case.sources(hardware)]
+    for spec in (case.spec() for case in ONE_ROW):
+        config = cost.digits_shape(spec, hardware)
+        if isinstance(config, dict):
+            sources.append(op.source(spec, Candidate("digits", tuple(config.items()), None)))
+    return list(dict.fromkeys(sources))
